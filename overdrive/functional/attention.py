@@ -1,0 +1,325 @@
+"""Scaled dot-product attention: one table of borrowed backends, the choice between them, and that choice explained.
+
+Shapes: B batch, H heads, G groups of K/V heads (H % G == 0), S queries, T keys, D head dim of Q and K, E head dim of V. Backends
+read views [B, H, S, D], [B, G, T, D], [B, G, T, E] of any strides, so nothing is copied between the QKV GEMM and the kernel, and
+they answer in the query's memory order, so nothing is copied after it either.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from overdrive.functional.attention_mask import Mask, MaskKind, score_mask
+
+VARIABLE = "OVERDRIVE_ATTENTION"
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """What the choice of a backend depends on. mask: "none", "causal" or "tensor". compiling: inside torch.compile."""
+
+    device: str
+    dtype: torch.dtype
+    mask: str
+    dropout: float
+    head_dim: int
+    value_dim: int
+    grouped: bool
+    compiling: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can do. dropout_step: it keeps probabilities that are multiples of this (0: any); None: no dropout at all."""
+
+    name: str
+    sdpa: SDPBackend | None
+    devices: tuple[str, ...]
+    capabilities: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)
+    masks: tuple[str, ...] = ("none", "causal", "tensor")
+    dropout_step: float | None = 0.0
+    head_dims: tuple[int, ...] = ()
+    max_head_dim: int | None = None
+    unequal_dims: bool = True
+    grouped: bool = True
+    compiles: bool = True
+    package: str | None = None
+
+
+BACKENDS = (
+    Backend(
+        "flash-attn-4",
+        None,
+        ("cuda",),
+        capabilities=(9, 10),
+        dtypes=_HALF,
+        masks=("none", "causal"),
+        dropout_step=None,
+        head_dims=(64, 128),
+        unequal_dims=False,
+        compiles=False,
+        package="flash_attn.cute",
+    ),
+    # cuDNN rounds the dropout probability to sixteenths
+    Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, dropout_step=1 / 16, max_head_dim=256),
+    Backend(
+        "flash",
+        SDPBackend.FLASH_ATTENTION,
+        ("cuda",),
+        capabilities=(8, 9, 10, 12),
+        dtypes=_HALF,
+        masks=("none", "causal"),
+        max_head_dim=256,
+        unequal_dims=False,
+    ),
+    Backend("efficient", SDPBackend.EFFICIENT_ATTENTION, ("cuda",), grouped=False),
+    Backend(
+        "cpu",
+        SDPBackend.FLASH_ATTENTION,
+        ("cpu",),
+        dtypes=(*_HALF, torch.float32, torch.float64),
+        dropout_step=None,
+        unequal_dims=False,
+    ),
+    Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=(*_HALF, torch.float32, torch.float64)),
+)
+"""Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; math, plain PyTorch, takes all."""
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+_SDPA = {backend.name: backend.sdpa for backend in BACKENDS if backend.sdpa is not None}
+
+
+@functools.cache
+def _machine_refusal(backend: Backend, device: str) -> str:
+    """Why `backend` cannot run on this machine's `device`, or ""."""
+    if device not in backend.devices:
+        return f"runs on {' and '.join(backend.devices)} only, not on {device}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA GPU, torch sees none"
+    if backend.capabilities and torch.cuda.get_device_capability()[0] not in backend.capabilities:
+        major, minor = torch.cuda.get_device_capability()
+        return f"needs compute capability {', '.join(f'{c}.x' for c in backend.capabilities)}, this GPU has {major}.{minor}"
+    if backend.package:
+        package = backend.package.split(".")[0]
+        if importlib.util.find_spec(package) is None or importlib.util.find_spec(backend.package) is None:
+            return f"{backend.package} is not installed: pip install 'overdrive[fa4]'"
+    return ""
+
+
+def _refusal(backend: Backend, case: Case) -> str:
+    """Why `backend` cannot take `case`, or ""; lengths and strides are torch's to judge."""
+    dims = (case.head_dim, case.value_dim)
+    if reason := _machine_refusal(backend, case.device):
+        return reason
+    if case.dtype not in backend.dtypes:
+        return f"takes {', '.join(map(str, backend.dtypes))}, not {case.dtype}"
+    if case.mask not in backend.masks:
+        return "takes no mask tensor"
+    if case.dropout and backend.dropout_step is None:
+        return "has no dropout"
+    if backend.dropout_step and case.dropout % backend.dropout_step:
+        return f"keeps dropout probabilities in steps of 1/{round(1 / backend.dropout_step)} only, got {case.dropout}"
+    if not backend.unequal_dims and dims[0] != dims[1]:
+        return f"needs head dims of Q/K and V to be equal, got {dims[0]} and {dims[1]}"
+    if backend.head_dims and dims[0] not in backend.head_dims:
+        return f"takes head dims {', '.join(map(str, backend.head_dims))}, not {dims[0]}"
+    if backend.max_head_dim and max(dims) > backend.max_head_dim:
+        return f"takes head dims up to {backend.max_head_dim}, not {max(dims)}"
+    if case.compiling and not backend.compiles:
+        return "cannot be traced by torch.compile"
+    return ""
+
+
+class Route(NamedTuple):
+    """Backends for a case, best first. repeat: the best takes no groups, so K and V heads are repeated for it."""
+
+    names: tuple[str, ...]
+    repeat: bool = False
+
+
+@functools.cache
+def _chosen(forced: str, case: Case) -> Route:
+    if forced:
+        if forced not in _BY_NAME:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(_BY_NAME)}, got {forced!r}; unset it to let overdrive choose")
+        if reason := _refusal(_BY_NAME[forced], case):
+            raise ValueError(f"{VARIABLE}={forced} cannot run this attention: {reason}; unset it to let overdrive choose")
+        names = (forced,)
+    else:
+        names = tuple(backend.name for backend in BACKENDS if not _refusal(backend, case))
+    return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
+
+
+@torch.compiler.assume_constant_result
+def _route(*case) -> tuple[tuple[str, ...], bool]:
+    """The Route of a Case; the forced backend alone if there is one."""
+    route = _chosen(os.environ.get(VARIABLE, ""), Case(*case))
+    return route.names, route.repeat
+
+
+@functools.cache
+def _priority(names: tuple[str, ...]) -> list[int]:
+    ordered = [int(_SDPA[name]) for name in names]  # pyright: ignore[reportArgumentType]
+    return ordered + [backend for backend in torch._C._get_sdp_priority_order() if backend not in ordered]
+
+
+def _sdpa(names, query, key, value, mask, causal, dropout, scale) -> torch.Tensor:
+    """F.scaled_dot_product_attention by the first of `names` that torch lets run."""
+    grouped = query.shape[1] != key.shape[1]
+    if torch.compiler.is_compiling() or len(names) == 1:
+        with sdpa_kernel([_SDPA[name] for name in names], set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
+    # what sdpa_kernel does, without its 10 us of switching each backend off and on
+    previous = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order(_priority(names))
+    try:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
+    finally:
+        torch._C._set_sdp_priority_order(previous)
+
+
+def _flash_attn_4(query, key, value, causal, scale) -> torch.Tensor:
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    out = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=causal)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _case(query, key, value, mask, causal, dropout) -> tuple:
+    kind = "tensor" if mask is not None else "causal" if causal else "none"
+    grouped = query.shape[1] != key.shape[1]
+    compiling = torch.compiler.is_compiling()
+    return query.device.type, query.dtype, kind, dropout, query.shape[-1], value.shape[-1], grouped, compiling
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """[B, H, S, D], [B, G, T, D], [B, G, T, E] -> [B, H, S, E], by the best backend for the case.
+
+    mask: bool, broadcast to [B, H, S, T], True = attend; every row attends to something. causal: S == T and no mask.
+    Raises ValueError if OVERDRIVE_ATTENTION names a backend that cannot run it.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    case = _case(query, key, value, mask, causal, dropout)
+    names, repeat = (("math",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
+    if names[0] == "flash-attn-4":
+        return _flash_attn_4(query, key, value, causal, scale)
+    if repeat:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return _sdpa(names, query, key, value, mask, causal, dropout, scale)
+
+
+def dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Mask,
+    kind: MaskKind,
+    batch_first: bool,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of [S, B, H, D], or [B, S, H, D] if batch_first, to [S, B, H * E] or [B, S, H * E].
+
+    attention_mask: bool, True = masked out, as `kind` reads it. A query that may attend to nothing gives zeros.
+    """
+    query, key, value, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first)
+    out = attention(query, key, value, mask, causal, dropout, scale)
+    if dead is not None:
+        out = out.masked_fill(dead, 0)
+    return out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
+
+
+def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):
+    """(Q, K and V as views [B, H, S, D], score mask, causal, dead), see attention_mask.score_mask."""
+    order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+    query, key, value = (x.permute(order) for x in _autocast(query, key, value))
+    return query, key, value, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+class Decision(NamedTuple):
+    """Which backend runs, and why each other one does not."""
+
+    backend: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"attention runs on {self.backend}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over.items()])
+
+
+def _torch_refusal(backend: Backend, query, key, value, mask, causal, dropout) -> str:
+    """Why torch would not run `backend` on these very tensors, or ""."""
+    ask = {
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+    }.get(backend.sdpa)  # pyright: ignore[reportArgumentType]
+    if ask is None or not query.is_cuda:
+        return ""
+    params = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, query.shape[1] != key.shape[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = ask(params, True)
+    return "" if usable else "torch: " + (" ".join(str(w.message).split(" (Triggered", 1)[0] for w in caught) or "refuses it")
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Mask,
+    kind: MaskKind,
+    batch_first: bool,
+    dropout: float = 0.0,
+) -> Decision:
+    """The Decision that `dot_product_attention` takes for the same arguments; print it."""
+    query, key, value, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first)
+    case = Case(*_case(query, key, value, mask, causal, dropout))
+    forced = os.environ.get(VARIABLE, "")
+    if _chosen(forced, case).repeat:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    chosen, passed_over = "", {}
+    for backend in BACKENDS:
+        reason = _refusal(backend, case) or _torch_refusal(backend, query, key, value, mask, causal, dropout)
+        if forced and backend.name != forced:
+            reason = reason or f"{VARIABLE}={forced}"
+        elif chosen:
+            reason = reason or f"{chosen} is faster"
+        if reason:
+            passed_over[backend.name] = reason
+        else:
+            chosen = backend.name
+    return Decision(chosen, passed_over)
+
+
+def attention_backends() -> dict[str, tuple[bool, str]]:
+    """Each backend's (usable, reason) on this machine, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = {backend.name: _machine_refusal(backend, device) for backend in BACKENDS}
+    return {name: (not reason, reason) for name, reason in reasons.items()}

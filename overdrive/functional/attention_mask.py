@@ -1,0 +1,83 @@
+"""What a query may attend to: Transformer Engine's mask names, and the boolean mask that they and the caller's tensor make.
+
+Shapes: B batch, H heads, S queries, T keys. In a caller's mask True = masked out; in a score mask True = attend, as torch has it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+Mask = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+
+
+class MaskKind(NamedTuple):
+    """padding, arbitrary: the caller's tensor counts. causal: no key after its query, where the first query and the first key stand
+    side by side, or (bottom_right) the last two."""
+
+    padding: bool = False
+    causal: bool = False
+    bottom_right: bool = False
+    arbitrary: bool = False
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the caller's mask tensor is read."""
+        return self.padding or self.arbitrary
+
+
+MASK_KINDS = {
+    "no_mask": MaskKind(),
+    "padding": MaskKind(padding=True),
+    "causal": MaskKind(causal=True),
+    "padding_causal": MaskKind(padding=True, causal=True),
+    "padding,causal": MaskKind(padding=True, causal=True),
+    "causal,padding": MaskKind(padding=True, causal=True),
+    "causal_bottom_right": MaskKind(causal=True, bottom_right=True),
+    "padding_causal_bottom_right": MaskKind(padding=True, causal=True, bottom_right=True),
+    "arbitrary": MaskKind(arbitrary=True),
+}
+
+
+def check_mask(kind: MaskKind, mask: Mask, batch: int, heads: int, queries: int, keys: int) -> None:
+    """Raise TypeError or ValueError, saying what is allowed, unless `mask` fits `kind`."""
+    pair = mask if isinstance(mask, tuple) else (mask, mask)
+    if mask is None or len(pair) != 2 or (kind.arbitrary and isinstance(mask, tuple)):
+        want = "a bool tensor" if kind.arbitrary else "a bool tensor (or a pair of them, for queries and for keys)"
+        raise ValueError(f"attention_mask must be {want} with padding and arbitrary masks, got {mask!r}; True = masked out")
+    for part, length in zip(pair, (queries, keys)):
+        assert part is not None
+        if part.dtype != torch.bool:
+            raise TypeError(f"attention_mask must be bool (True = masked out), got {part.dtype}; convert it, e.g. mask.bool()")
+        allowed = ((batch,), (1,), (1,), (length,)) if kind.padding else ((batch, 1), (heads, 1), (queries, 1), (keys,))
+        if part.dim() != 4 or any(size not in sizes for size, sizes in zip(part.shape, allowed)):
+            shape = "[batch, 1, 1, sequence]" if kind.padding else "[batch or 1, heads or 1, queries or 1, keys]"
+            raise ValueError(
+                f"attention_mask must be {shape} with batch {batch}, heads {heads}, {queries} queries and {keys} keys, "
+                f"got {list(part.shape)}"
+            )
+
+
+def score_mask(
+    kind: MaskKind, mask: Mask, queries: int, keys: int, device: torch.device
+) -> tuple[torch.Tensor | None, bool, torch.Tensor | None]:
+    """(score mask that broadcasts to [B, H, S, T] or None, causal, dead).
+
+    causal: the kernel's own square causal mask says it all. dead [B, 1 or H, S or 1, 1]: True where a query is padding or may attend
+    to nothing. Such a row attends to everything in the score mask, so that no softmax is empty, and its output has to be zeroed.
+    """
+    if not kind.takes_mask and (not kind.causal or queries == keys):
+        return None, kind.causal, None
+    padded, hidden = mask if isinstance(mask, tuple) else (mask, mask)
+    if kind.causal:
+        diagonal = keys - queries if kind.bottom_right else 0
+        later = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(diagonal + 1)
+        hidden = later if not kind.padding or hidden is None else hidden | later
+    assert hidden is not None
+    dead = hidden.all(-1, keepdim=True)
+    allowed = ~hidden | dead
+    if kind.padding:
+        assert padded is not None
+        dead = dead | padded.transpose(2, 3)
+    return allowed, False, dead

@@ -1,0 +1,126 @@
+"""The GEMM stage: operands, products, gradients. Linear, LayerNormLinear and LayerNormMLP are compositions of it.
+
+Shapes: x [T, K] tokens by inputs, weight [N, K], y and dy [T, N]. Every product is `matmul(a, b) = a @ b.T`; `.t()` on an operand says which
+layout it contracts over: y = x w^T, dx = dy (w^T)^T, dw = dy^T (x^T)^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from overdrive.ops.gemm import gemm
+from overdrive.ops.quantize import Mode
+from overdrive.ops.scaling import arena, record_amax
+from overdrive.scaling.quantizers import Quantizer, Rules, Scales
+from overdrive.scaling.tensor import Operand, QuantizedTensor
+
+WeightGradSink = Callable[[Operand, Operand], tuple[torch.Tensor | None, ...]]
+
+
+@dataclass(frozen=True)
+class GemmOptions:
+    """What one GEMM of a module does, constant for compiled code.
+
+    rules: how to quantize, None for high precision. dtype: of activations. input_grad, weight_grad, bias_grad: which gradients
+    backward owes. splits: rows of each of the weight's parameters. sink: who takes (dy, x) instead of returning weight gradients.
+    """
+
+    rules: Rules | None
+    dtype: torch.dtype
+    input_grad: bool
+    weight_grad: bool
+    bias_grad: bool
+    splits: tuple[int, ...]
+    sink: WeightGradSink | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the GEMM runs in FP8."""
+        return self.rules is not None and self.rules.quantizes
+
+
+def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = False) -> torch.Tensor:
+    """a [M, K] @ b [N, K].T + bias -> [M, N] in `dtype`. fast: see recipe.MMParams."""
+    if isinstance(a, QuantizedTensor):
+        assert isinstance(b, QuantizedTensor)
+        out = gemm(a.data, b.data, a.scale_inv, b.scale_inv, bias, dtype, a.mode, b.mode, fast)
+        return out if out.shape[0] == a.shape[0] else out[: a.shape[0]]
+    return gemm(a, b, None, None, bias, dtype, Mode.PLAIN, Mode.PLAIN, fast)
+
+
+def calibrate(x: torch.Tensor, quantizer: Quantizer, scales: Scales) -> None:
+    """Record the amax that quantizing x would have."""
+    if quantizer.tenant >= 0:
+        record_amax(arena(x.device).counter, x, scales.slots, quantizer.slot, quantizer.tenant)
+
+
+def input_operand(x: Operand, options: GemmOptions, scales: Scales) -> Operand:
+    """x as the forward GEMM reads it; in both layouts where a weight gradient will want the other."""
+    rules = options.rules
+    if rules is None or isinstance(x, QuantizedTensor):
+        return x
+    if not rules.quantizes:
+        calibrate(x, rules.input, scales)
+        return x
+    return rules.input(x, scales, row=True, col=options.weight_grad)[0]
+
+
+def weight_operand(weight: torch.Tensor, options: GemmOptions, scales: Scales, cached: QuantizedTensor | None = None) -> Operand:
+    """The weight as the forward GEMM reads it; in both layouts where an input gradient will want the other."""
+    rules = options.rules
+    if cached is not None:
+        return cached
+    if rules is None:
+        return weight
+    if not rules.quantizes:
+        calibrate(weight, rules.weight, scales)
+        return weight
+    return rules.weight(weight, scales, row=True, col=options.input_grad)[0]
+
+
+def grad_operand(dy: torch.Tensor, options: GemmOptions, scales: Scales) -> tuple[Operand, torch.Tensor | None]:
+    """(dy as the backward GEMMs read it, bias gradient)."""
+    if options.quantizes:
+        assert options.rules is not None
+        return options.rules.grad_output(dy, scales, options.input_grad, options.weight_grad, options.bias_grad)
+    return dy, column_sum(dy) if options.bias_grad else None
+
+
+def column_sum(dy: torch.Tensor) -> torch.Tensor:
+    """dy summed over tokens in f32, in dy's dtype."""
+    return dy.sum(0, dtype=torch.float32).to(dy.dtype) if dy.device.type == "cpu" else dy.sum(0)
+
+
+def for_backward(operand: Operand) -> Operand:
+    """What of an operand backward reads: the transposed FP8 copy, or the tensor itself."""
+    return operand.only_transposed() if isinstance(operand, QuantizedTensor) else operand
+
+
+def forward_product(x: Operand, weight: Operand, bias: torch.Tensor | None, options: GemmOptions) -> torch.Tensor:
+    """y = x w^T + bias."""
+    fast = options.rules is not None and not options.rules.recipe.fp8_gemm_fprop.use_split_accumulator
+    return matmul(x, weight, options.dtype, bias, fast)
+
+
+def input_gradient(dy: Operand, weight: Operand, options: GemmOptions) -> torch.Tensor:
+    """dx = dy w."""
+    fast = options.rules is not None and not options.rules.recipe.fp8_gemm_dgrad.use_split_accumulator
+    return matmul(dy, weight.t(), options.dtype, None, fast)
+
+
+def weight_gradient(dy: Operand, x: Operand, options: GemmOptions, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """dw = dy^T x, in the weight's dtype unless told otherwise."""
+    fast = options.rules is not None and not options.rules.recipe.fp8_gemm_wgrad.use_split_accumulator
+    return matmul(dy.t(), x.t(), dtype or options.dtype, None, fast)
+
+
+def weight_gradients(dy: Operand, x: Operand, options: GemmOptions) -> tuple[torch.Tensor | None, ...]:
+    """The gradient of each of the weight's parameters, None where not owed or taken by the sink."""
+    if not options.weight_grad:
+        return (None,) * len(options.splits)
+    if options.sink is not None:
+        return options.sink(dy, x)
+    return weight_gradient(dy, x, options).split(options.splits)

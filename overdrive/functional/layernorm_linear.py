@@ -1,0 +1,87 @@
+"""LayerNormLinear: y = norm(x) w^T + b, one autograd node; in FP8 the norm hands the GEMM its quantized output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overdrive.functional.gemm import (
+    GemmOptions,
+    for_backward,
+    forward_product,
+    grad_operand,
+    input_gradient,
+    input_operand,
+    weight_gradients,
+    weight_operand,
+)
+from overdrive.functional.linear import Parameters, gradients, read
+from overdrive.functional.norm import NormOptions, norm_gradient, normalize
+from overdrive.scaling.quantizers import Scales
+from overdrive.scaling.tensor import pack, unpack
+
+
+@dataclass(frozen=True)
+class LayerNormLinearOptions:
+    """return_norm: also return the norm's output. return_residual: also return x, whose gradient then joins inside norm backward."""
+
+    norm: NormOptions
+    gemm: GemmOptions
+    return_norm: bool = False
+    return_residual: bool = False
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, gamma, beta, snapshot, slots, options, *parameters):
+        opts, scales = options.gemm, Scales(snapshot, slots)
+        weight, bias, cached = read(parameters, opts)
+        x_TK = x.reshape(-1, x.shape[-1])
+        rules = None if options.return_norm else opts.rules
+        norm_op, mean, rstd = normalize(x_TK, gamma, beta, options.norm, rules, scales, opts.weight_grad)
+        norm_out = norm_op
+        if options.return_norm:
+            norm_op = input_operand(norm_op, opts, scales)
+        w_op = weight_operand(weight, opts, scales, cached)
+        y_TN = forward_product(norm_op, w_op, bias, opts)
+        kept = (for_backward(norm_op) if opts.weight_grad else None, for_backward(w_op) if opts.input_grad else None)
+        tensors, ctx.layout = pack(kept)
+        ctx.save_for_backward(*tensors, snapshot, slots, x_TK, gamma, mean, rstd)
+        ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
+        outputs = [y_TN.view(*x.shape[:-1], y_TN.shape[1])]
+        if options.return_norm:
+            outputs.append(norm_out.view(x.shape))
+        if options.return_residual:
+            outputs.append(x.view_as(x))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        *tensors, snapshot, slots, x, gamma, mean, rstd = ctx.saved_tensors
+        options, opts, scales = ctx.options, ctx.options.gemm, Scales(snapshot, slots)
+        norm_op, w_op = unpack(tensors, ctx.layout)
+        dy = grads[0]
+        dy_op, dbias = grad_operand(dy.reshape(-1, dy.shape[-1]), opts, scales)
+        dparameters = gradients(ctx.count, weight_gradients(dy_op, norm_op, opts), dbias, opts)
+        if not opts.input_grad:
+            return (None,) * 6 + dparameters
+        dnorm = input_gradient(dy_op, w_op, opts)
+        if options.return_norm:
+            dnorm = dnorm + grads[1].reshape(dnorm.shape)
+        dresidual = grads[-1].reshape(x.shape) if options.return_residual else None
+        dx, dgamma, dbeta = norm_gradient(dnorm, x, gamma, mean, rstd, dresidual, options.norm)
+        return dx.view(ctx.shape), dgamma, dbeta, None, None, None, *dparameters
+
+
+def layernorm_linear(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    parameters: Parameters,
+    scales: Scales,
+    options: LayerNormLinearOptions,
+) -> tuple[torch.Tensor, ...]:
+    """x [..., K] -> (y [..., N], norm output [..., K] if asked for, x [..., K] if asked for)."""
+    return _LayerNormLinear.apply(x, gamma, beta, scales.snapshot, scales.slots, options, *parameters.flat())

@@ -1,0 +1,139 @@
+"""LayerNormMLP: norm, fc1, activation, fc2 in one autograd node, with the residual add before it if wanted.
+
+Shapes: x [T, K] tokens by hidden, h [T, F or 2F] before the activation, a [T, F] after it, y [T, K].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overdrive.functional.activation import ActivationOptions, activate, activation_gradient
+from overdrive.functional.gemm import (
+    GemmOptions,
+    for_backward,
+    forward_product,
+    grad_operand,
+    input_gradient,
+    input_operand,
+    weight_gradients,
+    weight_operand,
+)
+from overdrive.functional.linear import Parameters, gradients, read
+from overdrive.functional.norm import NormOptions, norm_gradient, normalize, residual_normalize
+from overdrive.ops.residual import residual_backward
+from overdrive.scaling.quantizers import Scales
+from overdrive.scaling.tensor import pack, unpack
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What enters before the norm: out = residual + dropout_p(x + bias). seed: int64 [1], needed where p > 0."""
+
+    residual: torch.Tensor
+    bias: torch.Tensor | None
+    p: float = 0.0
+    seed: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerNormMLPOptions:
+    """fc1_arguments: how many of the Function's arguments are fc1's parameters. add_residual: a Residual comes first, dropping with
+    probability p. return_norm, return_residual: also return the norm's output; the norm's input."""
+
+    norm: NormOptions
+    activation: ActivationOptions
+    fc1: GemmOptions
+    fc2: GemmOptions
+    fc1_arguments: int
+    return_norm: bool = False
+    return_residual: bool = False
+    add_residual: bool = False
+    p: float = 0.0
+    residual_bias_grad: bool = False
+
+
+class _LayerNormMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, residual, residual_bias, seed, gamma, beta, snapshot, slots, options, *parameters):
+        fc1, fc2, scales = options.fc1, options.fc2, Scales(snapshot, slots)
+        weight1, bias1, cached1 = read(parameters[: options.fc1_arguments], fc1)
+        weight2, bias2, cached2 = read(parameters[options.fc1_arguments :], fc2)
+        shape = x.shape
+        x_TK = x.reshape(-1, shape[-1])
+        rules = None if options.return_norm else fc1.rules
+        if options.add_residual:
+            front = (x_TK, residual_bias, residual.reshape(x_TK.shape), options.p, seed)
+            x_TK, norm_op, mean, rstd = residual_normalize(*front, gamma, beta, options.norm, rules, scales, fc1.weight_grad)
+        else:
+            norm_op, mean, rstd = normalize(x_TK, gamma, beta, options.norm, rules, scales, fc1.weight_grad)
+        norm_out = norm_op
+        if options.return_norm:
+            norm_op = input_operand(norm_op, fc1, scales)
+        w1_op = weight_operand(weight1, fc1, scales, cached1)
+        h = forward_product(norm_op, w1_op, bias1, fc1)
+        a_op = activate(h, options.activation, fc2, scales)
+        w2_op = weight_operand(weight2, fc2, scales, cached2)
+        y_TK = forward_product(a_op, w2_op, bias2, fc2)
+        kept = (
+            for_backward(norm_op) if fc1.weight_grad else None,
+            for_backward(w1_op) if fc1.input_grad else None,
+            for_backward(a_op) if fc2.weight_grad else None,
+            for_backward(w2_op) if fc2.input_grad else None,
+        )
+        tensors, ctx.layout = pack(kept)
+        ctx.save_for_backward(*tensors, snapshot, slots, h, x_TK, gamma, mean, rstd, seed)
+        ctx.options, ctx.shape, ctx.count = options, shape, len(parameters)
+        outputs = [y_TK.view(*shape[:-1], y_TK.shape[1])]
+        if options.return_norm:
+            outputs.append(norm_out.view(shape))
+        if options.return_residual:
+            outputs.append(x_TK.view(shape) if options.add_residual else x.view_as(x))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        *tensors, snapshot, slots, h, x, gamma, mean, rstd, seed = ctx.saved_tensors
+        options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
+        norm_op, w1_op, a_op, w2_op = unpack(tensors, ctx.layout)
+        dy_op, dbias2 = grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), fc2, scales)
+        count2 = ctx.count - options.fc1_arguments
+        dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2), dbias2, fc2)
+        if not fc2.input_grad:
+            return (None,) * (9 + options.fc1_arguments) + dfc2
+        da = input_gradient(dy_op, w2_op, fc2)
+        dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
+        dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
+        if not fc1.input_grad:
+            return (None,) * 9 + dfc1 + dfc2
+        dnorm = input_gradient(dh_op, w1_op, fc1)
+        if options.return_norm:
+            dnorm = dnorm + grads[1].reshape(dnorm.shape)
+        dresidual = grads[-1].reshape(x.shape) if options.return_residual else None
+        dx, dgamma, dbeta = norm_gradient(dnorm, x, gamma, mean, rstd, dresidual, options.norm)
+        dfront, dfront_bias = None, None
+        if options.add_residual:
+            dfront = dx.view(ctx.shape)
+            if options.p > 0 or options.residual_bias_grad:
+                dx, dfront_bias = residual_backward(dx, options.p, seed, options.residual_bias_grad)
+            if not options.residual_bias_grad:
+                dfront_bias = None
+        return dx.view(ctx.shape), dfront, dfront_bias, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
+
+
+def layernorm_mlp(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    fc1: Parameters,
+    fc2: Parameters,
+    scales: Scales,
+    options: LayerNormMLPOptions,
+    front: Residual | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """x [..., K] -> (y [..., K], norm output if asked for, norm input if asked for)."""
+    added = (None, None, None) if front is None else (front.residual, front.bias, front.seed)
+    arguments = (gamma, beta, scales.snapshot, scales.slots, options, *fc1.flat(), *fc2.flat())
+    return _LayerNormMLP.apply(x, *added, *arguments)

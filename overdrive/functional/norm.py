@@ -1,0 +1,119 @@
+"""The norm stage, and LayerNorm / RMSNorm as functions of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overdrive.functional.gemm import calibrate
+from overdrive.ops.norm import norm, norm_backward
+from overdrive.ops.quantize import Mode, Quantization, Quantized
+from overdrive.ops.residual import residual_norm
+from overdrive.scaling.float8_tensor import Float8Tensor
+from overdrive.scaling.quantizers import Rules, Scales
+from overdrive.scaling.tensor import Operand
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """Which norm: eps is added to the variance, zero_centered makes the gain 1 + gamma, rms leaves the mean alone."""
+
+    eps: float
+    zero_centered: bool
+    rms: bool
+    forward_sm_margin: int = 0
+    backward_sm_margin: int = 0
+
+
+def normalize(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    options: NormOptions,
+    rules: Rules | None = None,
+    scales: Scales = Scales(),
+    col: bool = False,
+) -> tuple[Operand, torch.Tensor, torch.Tensor]:
+    """(norm of x [T, K] as the next GEMM's input, mean, rstd); quantized by the same kernel where `rules` say so."""
+    *outputs, mean, rstd = norm(x, gamma, beta, *_tail(x, options, rules, scales, col))
+    return _operand(x, outputs, rules, scales, col), mean, rstd
+
+
+def residual_normalize(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    p: float,
+    seed: torch.Tensor | None,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    options: NormOptions,
+    rules: Rules | None,
+    scales: Scales,
+    col: bool,
+) -> tuple[torch.Tensor, Operand, torch.Tensor, torch.Tensor]:
+    """`normalize` of out = residual + dropout_p(x + bias), all [T, K]: (out, its norm, mean, rstd)."""
+    tail = _tail(residual, options, rules, scales, col)
+    out, *outputs, mean, rstd = residual_norm(x, bias, residual, p, seed, gamma, beta, *tail)
+    return out, _operand(out, outputs, rules, scales, col), mean, rstd
+
+
+def _tail(x: torch.Tensor, options: NormOptions, rules: Rules | None, scales: Scales, col: bool) -> tuple[Any, ...]:
+    fused = rules is not None and rules.quantizes
+    quantization = rules.input.arguments(scales, True, col) if fused else Quantization(Mode.PLAIN, x.dtype)
+    return (options.eps, options.zero_centered, options.rms, options.forward_sm_margin, *quantization)
+
+
+def _operand(x: torch.Tensor, outputs: list[torch.Tensor], rules: Rules | None, scales: Scales, col: bool) -> Operand:
+    if rules is not None and rules.quantizes:
+        return rules.input.wrap(Quantized(*outputs), (x.shape[0], x.shape[1]), x.dtype, True, col)
+    if rules is not None:
+        calibrate(outputs[0], rules.input, scales)
+    return outputs[0]
+
+
+def norm_gradient(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    options: NormOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dx + dresidual, dgamma, dbeta); dbeta is None for an RMSNorm."""
+    arguments = (options.zero_centered, options.rms, options.backward_sm_margin)
+    dx, dgamma, dbeta = norm_backward(dy, x, gamma, mean, rstd, dresidual, *arguments)
+    return dx, dgamma, None if options.rms else dbeta
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, gamma, beta, snapshot, slots, rules, training, options):
+        x2d = x.reshape(-1, x.shape[-1])
+        y, mean, rstd = normalize(x2d, gamma, beta, options, rules, Scales(snapshot, slots), training)
+        ctx.save_for_backward(x2d, gamma, mean, rstd)
+        ctx.options = options
+        return y.view(x.shape) if isinstance(y, torch.Tensor) else Float8Tensor.from_quantized(y, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        (dy,) = grads
+        x, gamma, mean, rstd = ctx.saved_tensors
+        dx, dgamma, dbeta = norm_gradient(dy.reshape(x.shape), x, gamma, mean, rstd, None, ctx.options)
+        return dx.view(dy.shape), dgamma, dbeta, None, None, None, None, None
+
+
+def layer_norm(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    options: NormOptions,
+    rules: Rules | None = None,
+    scales: Scales = Scales(),
+    training: bool = False,
+) -> torch.Tensor:
+    """Norm of x [..., K] over its last dimension; a Float8Tensor where `rules` are given, with the copy backward needs if training."""
+    return _Norm.apply(x, gamma, beta, scales.snapshot, scales.slots, rules, training, options)

@@ -1,0 +1,57 @@
+"""out = residual + dropout_p(x + bias), one autograd node; and stochastic depth.
+
+Shapes: x, residual, out [..., K], bias [K]; ops see them as [T, K].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from overdrive.functional.gemm import column_sum
+from overdrive.ops.residual import residual_add, residual_backward
+
+
+def dropout_seed(p: float, device: torch.device) -> torch.Tensor | None:
+    """A fresh seed, int64 [1], from torch's generator of the device (so checkpointing replays it); None where nothing drops."""
+    return torch.randint(0, 2**31 - 1, (1,), device=device) if p > 0 else None
+
+
+class _BiasDropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, bias, residual, p, seed):
+        ctx.p, ctx.dtypes = p, (x.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(seed)
+        width = x.shape[-1]
+        return residual_add(x.reshape(-1, width), bias, residual.reshape(-1, width), p, seed).view(residual.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        (dout,) = grads
+        (seed,) = ctx.saved_tensors
+        dtype, bias_dtype = ctx.dtypes
+        bias_grad = ctx.needs_input_grad[1]
+        dout_TK = dout.reshape(-1, dout.shape[-1])
+        if ctx.p > 0:
+            dx, dbias = residual_backward(dout_TK, ctx.p, seed, bias_grad)
+        else:  # dx is dout itself: nothing to write
+            dx, dbias = dout, column_sum(dout_TK) if bias_grad else None
+        return dx.view(dout.shape).to(dtype), dbias.to(bias_dtype) if dbias is not None and bias_grad else None, dout, None, None
+
+
+def bias_dropout_add(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0
+) -> torch.Tensor:
+    """residual + drop_path(dropout_p(x + bias)), in the residual's dtype; each of p and drop_path is 0 outside of training.
+
+    drop_path: probability of dropping the whole branch of one sample, the samples lying along batch_dim; what stays is divided by
+    1 - drop_path.
+    """
+    if drop_path > 0:
+        x, bias = F.dropout(x if bias is None else x + bias, p), None
+        samples = [size if dim == batch_dim else 1 for dim, size in enumerate(x.shape)]
+        kept = torch.rand(samples, device=x.device) >= drop_path
+        x, p = x * (kept / (1 - drop_path)).to(x.dtype), 0.0
+    return _BiasDropoutAdd.apply(x, bias, residual, p, dropout_seed(p, x.device))

@@ -1,0 +1,148 @@
+"""Activations, forward and backward, as sources of the tile consumer.
+
+Shapes: x [T, F], or gated [T, 2F] with the activated half first; dy [T, F]. Each element is loaded once, also by a gated gradient, whose
+two halves a program writes together.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from overdrive.kernels.tile import dense, load_tile, run_tiles
+from overdrive.ops.activation import _GELU_CUBIC, _GELU_SCALE, _QUICK, ACTIVATIONS
+from overdrive.ops.quantize import BLOCK, Mode, Quantization
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_SCALE: tl.constexpr = tl.constexpr(_GELU_SCALE)
+_CUBIC: tl.constexpr = tl.constexpr(_GELU_CUBIC)
+_ALPHA_QUICK: tl.constexpr = tl.constexpr(_QUICK)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) by two special-function instructions, relative error about 1e-6."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+        "=f,f", [x * -_LOG2_E], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sigmoid_linear(x, alpha):
+    s = _sigmoid(alpha * x)
+    return x * s, s + alpha * x * s * (1 - s)
+
+
+@triton.jit
+def _evaluate(x, FUNCTION: tl.constexpr):
+    """(value, derivative) of ops.activation._FUNCTIONS[FUNCTION]; what is unused costs nothing."""
+    if FUNCTION == "gelu":  # 1 + tanh(u) = 2 sigmoid(2u)
+        s = _sigmoid(2 * _SCALE * x * (1 + _CUBIC * x * x))
+        return x * s, s + 2 * _SCALE * x * s * (1 - s) * (1 + 3 * _CUBIC * x * x)
+    elif FUNCTION == "qgelu":
+        return _sigmoid_linear(x, _ALPHA_QUICK)
+    elif FUNCTION == "silu":
+        return _sigmoid_linear(x, 1.0)
+    elif FUNCTION == "sigmoid":
+        s = _sigmoid(x)
+        return s, s * (1 - s)
+    else:
+        r = tl.where(x <= 0, 0.0, x)  # keeps NaN
+        if FUNCTION == "relu":
+            return r, tl.where(x > 0, 1.0, 0.0)
+        else:
+            tl.static_assert(FUNCTION == "srelu")
+            return r * r, 2 * r
+
+
+@triton.jit
+def _gate(a, b, limit, alpha, FUNCTION: tl.constexpr):
+    """ops.activation._gate: (act(a), act'(a), factor of b, its slope)."""
+    if FUNCTION == "clamped_silu":
+        value, slope = _sigmoid_linear(tl.where(a > limit, limit, a), alpha)
+        factor = tl.where(b > limit, limit, tl.where(b < -limit, -limit, b)) + 1
+        return value, tl.where(a <= limit, slope, slope * 0), factor, tl.where(tl.abs(b) <= limit, 1.0, 0.0)
+    else:
+        value, slope = _evaluate(a, FUNCTION)
+        return value, slope, b, 1.0
+
+
+@triton.jit
+def _forward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: act(x); args (x, stride)."""
+    cols = col0 + tl.arange(0, BK)
+    value, _ = _evaluate(load_tile(args[0], args[1], row0, cols, cols < F, T, BT), FUNCTION)
+    return (value,)
+
+
+@triton.jit
+def _gated_forward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: act(a) * b; args (x, stride, limit, alpha)."""
+    x, stride, limit, alpha = args
+    cols = col0 + tl.arange(0, BK)
+    a = load_tile(x, stride, row0, cols, cols < F, T, BT)
+    b = load_tile(x + F, stride, row0, cols, cols < F, T, BT)
+    value, _, factor, _ = _gate(a, b, limit, alpha, FUNCTION)
+    return (value * factor,)
+
+
+@triton.jit
+def _backward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: dy act'(x); args (dy, dy_stride, x, stride)."""
+    dy, dy_stride, x, stride = args
+    cols = col0 + tl.arange(0, BK)
+    _, slope = _evaluate(load_tile(x, stride, row0, cols, cols < F, T, BT), FUNCTION)
+    return (load_tile(dy, dy_stride, row0, cols, cols < F, T, BT) * slope,)
+
+
+@triton.jit
+def _gated_tiles(args, FUNCTION: tl.constexpr, row0, cols, T, F, BT: tl.constexpr):
+    """The gradients of columns `cols` of a and of b."""
+    dy, dy_stride, x, stride, limit, alpha = args
+    dy_tile = load_tile(dy, dy_stride, row0, cols, cols < F, T, BT)
+    a = load_tile(x, stride, row0, cols, cols < F, T, BT)
+    b = load_tile(x + F, stride, row0, cols, cols < F, T, BT)
+    value, slope, factor, factor_slope = _gate(a, b, limit, alpha, FUNCTION)
+    return dy_tile * factor * slope, dy_tile * value * factor_slope
+
+
+@triton.jit
+def _gated_backward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source of two halves; args (dy, dy_stride, x, stride, limit, alpha)."""
+    return _gated_tiles(args, FUNCTION, row0, col0 + tl.arange(0, BK), T, F, BT)
+
+
+@triton.jit
+def _gated_backward_joined(args, FUNCTION: tl.constexpr, row0, col0, T, K, BT: tl.constexpr, BK: tl.constexpr):
+    """Source of all K = 2F columns, for scale blocks that straddle the halves; reads everything twice."""
+    cols = col0 + tl.arange(0, BK)
+    F = K // 2
+    da, db = _gated_tiles(args, FUNCTION, row0, tl.where(cols < F, cols, tl.where(cols < K, cols - F, F)), T, F, BT)
+    return (tl.where((cols < F)[None, :], da, db),)
+
+
+def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) -> tuple[torch.Tensor, ...]:
+    """overdrive::activation."""
+    x = dense(x)
+    (rows, cols), (function, gated) = x.shape, ACTIVATIONS[name]
+    source, args, cols = (
+        (_gated_forward, (x, x.stride(0), limit, alpha), cols // 2) if gated else (_forward, (x, x.stride(0)), cols)
+    )
+    return run_tiles(source, args, function, x, (rows, cols), Quantization(*tail))[0]
+
+
+def activation_backward(
+    dy: torch.Tensor, x: torch.Tensor, name: str, limit: float, alpha: float, bias_grad: bool, *tail
+) -> tuple[torch.Tensor, ...]:
+    """overdrive::activation_backward."""
+    dy, x, q = dense(dy), dense(x), Quantization(*tail)
+    function, gated = ACTIVATIONS[name]
+    source, args, halves = _backward, (dy, dy.stride(0), x, x.stride(0)), 1
+    if gated:
+        straddling = q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D) and dy.shape[1] % BLOCK
+        source, halves = (_gated_backward_joined, 1) if straddling else (_gated_backward, 2)
+        args = (*args, limit, alpha)
+    out, column_sum = run_tiles(source, args, function, x, x.shape, q, halves=halves, bias_grad=bias_grad)
+    return (*out, column_sum)

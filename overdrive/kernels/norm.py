@@ -1,0 +1,198 @@
+"""LayerNorm and RMSNorm. A row kernel takes statistics and writes plain output; quantized output is a tile source over them.
+
+Shapes: x [T, K]; gamma, beta [K]; mean, rstd f32 [T]. A row kernel's program holds R whole rows as one [R, BK] tile, BK >= K, and
+walks over the rows; leaving SMs free (sm_margin) means fewer programs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from overdrive.kernels.tile import FUSE, amax_bits, column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
+from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized
+
+
+@triton.jit
+def _load_gain(gamma, cols, inside, ZERO_CENTERED: tl.constexpr):
+    """f32 gain, as a row."""
+    gain = tl.load(gamma + cols, inside, 0.0).to(tl.float32)
+    return (gain + 1 if ZERO_CENTERED else gain)[None, :]
+
+
+@triton.jit
+def _affine(x, mean, rstd, gamma, beta, cols, inside, ZERO_CENTERED: tl.constexpr):
+    """ops.norm.normalized of a tile; mean and rstd are columns."""
+    y = (x - mean) * rstd * _load_gain(gamma, cols, inside, ZERO_CENTERED)
+    if beta is not None:
+        y += tl.load(beta + cols, inside, 0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _norm_source(args, ZERO_CENTERED: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: the norm's output; args (x, stride, mean, rstd, gamma, beta)."""
+    x, stride, mean, rstd, gamma, beta = args
+    rows, cols = row0 + tl.arange(0, BT), col0 + tl.arange(0, BK)
+    value = load_tile(x, stride, row0, cols, cols < F, T, BT)
+    mean_column = tl.load(mean + rows, rows < T, 0.0)[:, None]
+    rstd_column = tl.load(rstd + rows, rows < T, 0.0)[:, None]
+    y = _affine(value, mean_column, rstd_column, gamma, beta, cols, cols < F, ZERO_CENTERED)
+    return (tl.where((rows < T)[:, None] & (cols < F)[None, :], y, 0.0),)
+
+
+@triton.jit(do_not_specialize=["T", "eps"])
+def _norm_rows(args, out, y, mean, rstd, gamma, beta, amax, T, K, eps, SOURCE: tl.constexpr, FLAG: tl.constexpr,
+               RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), amax of y (i32 [1])."""
+    r, cols = tl.arange(0, R), tl.arange(0, BK)
+    inside = cols < K
+    for row0 in range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
+        x = SOURCE(args, FLAG, row0, 0, T, K, R, BK)[0]
+        if out is not None:
+            rounded = x.to(out.dtype.element_ty)
+            store_tile(out, K, row0, 0, rounded, T, K)
+            x = rounded.to(tl.float32)
+        m = tl.zeros([R], tl.float32) if RMS else tl.sum(x, 1) / K
+        centered = tl.where(inside[None, :], x - m[:, None], 0.0)
+        s = tl.rsqrt(tl.sum(centered * centered, 1) / K + eps)
+        tl.store(mean + row0 + r, m, r < T - row0)
+        tl.store(rstd + row0 + r, s, r < T - row0)
+        if y is not None or amax is not None:
+            value = _affine(x, m[:, None], s[:, None], gamma, beta, cols, inside, ZERO_CENTERED)
+            if y is not None:
+                store_tile(y, K, row0, 0, value.to(y.dtype.element_ty), T, K)
+            if amax is not None:
+                valid = (r < T - row0)[:, None] & inside[None, :]
+                tl.atomic_max(amax, tl.max(tl.where(valid, amax_bits(value), 0)), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_backward_rows(dy, dy_stride, x, stride, gamma, mean, rstd, dresidual, dresidual_stride, dx, partial, T, K,
+                        RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dx, and this program's sums for dgamma (and dbeta) in partial f32 [1 or 2, programs, K]."""
+    r, cols = tl.arange(0, R), tl.arange(0, BK)
+    inside = cols < K
+    gain = _load_gain(gamma, cols, inside, ZERO_CENTERED)
+    dgamma = tl.zeros([R, BK], tl.float32)
+    dbeta = tl.zeros([R, BK], tl.float32)
+    for row0 in range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
+        valid = r < T - row0
+        m = tl.load(mean + row0 + r, valid, 0.0)[:, None]
+        s = tl.load(rstd + row0 + r, valid, 0.0)[:, None]
+        dy_tile = load_tile(dy, dy_stride, row0, cols, inside, T, R)
+        x_hat = tl.where(inside[None, :], (load_tile(x, stride, row0, cols, inside, T, R) - m) * s, 0.0)
+        dgamma += dy_tile * x_hat
+        dx_hat = dy_tile * gain
+        value = dx_hat - x_hat * (tl.sum(dx_hat * x_hat, 1) / K)[:, None]
+        if not RMS:
+            dbeta += dy_tile
+            value -= (tl.sum(dx_hat, 1) / K)[:, None]
+        value *= s
+        if dresidual is not None:
+            value += load_tile(dresidual, dresidual_stride, row0, cols, inside, T, R)
+        store_tile(dx, K, row0, 0, value.to(dx.dtype.element_ty), T, K)
+    own = partial + tl.program_id(0).to(tl.int64) * K + cols
+    tl.store(own, tl.sum(dgamma, 0), inside)
+    if not RMS:
+        tl.store(own + tl.num_programs(0).to(tl.int64) * K, tl.sum(dbeta, 0), inside)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _row_shape(cols: int) -> tuple[int, int, int]:
+    """(R, BK, warps): 16 elements to a thread, up to a whole SM for one row; rows share a program where they are short."""
+    width = max(triton.next_power_of_2(cols), 16)
+    height = max(2048 // width, 1)
+    return height, width, min(max(height * width // 512, 1), 32)
+
+
+def forward(
+    source: Callable[..., Any],
+    args: tuple[Any, ...],
+    flag: Any,
+    out: torch.Tensor | None,
+    like: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    rms: bool,
+    sm_margin: int,
+    q: Quantization,
+) -> tuple[Quantized, torch.Tensor, torch.Tensor]:
+    """Norm of a source's rows, which are `like` or get stored in `out`: (Quantized, mean, rstd)."""
+    rows, cols = like.shape
+    mean, rstd = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    plain = new_quantized(like, rows, cols, q) if q.mode == Mode.PLAIN else None
+    amax = new_amax(like) if q.mode == Mode.CURRENT else None
+    height, width, warps = _row_shape(cols)
+    programs = -(-rows // height)
+    if sm_margin:
+        programs = min(programs, max(_sm_count(like.device) - sm_margin, 1) * max(32 // warps, 1))
+    if rows:
+        _norm_rows[(programs,)](
+            args, out, None if plain is None else plain.data, mean, rstd, gamma, beta, amax, rows, cols, eps,
+            source, flag, rms, zero_centered, height, width, num_warps=warps, **FUSE,
+        )  # fmt: skip
+    if plain is not None:
+        return plain, mean, rstd
+    x = like if out is None else out
+    tile_args = (x, x.stride(0), mean, rstd, gamma, beta)
+    return run_tiles(_norm_source, tile_args, zero_centered, x, (rows, cols), q, amax=amax)[0], mean, rstd
+
+
+def norm(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor | None,
+    eps: float,
+    zero_centered: bool,
+    rms: bool,
+    sm_margin: int,
+    *tail,
+) -> tuple[torch.Tensor, ...]:
+    """overdrive::norm."""
+    x, gamma, beta = dense(x), dense(gamma), None if beta is None else dense(beta)
+    args = (x, x.stride(0))
+    out, mean, rstd = forward(
+        load_source, args, None, None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+    )
+    return (*out, mean, rstd)
+
+
+def norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    zero_centered: bool,
+    rms: bool,
+    sm_margin: int,
+) -> tuple[torch.Tensor, ...]:
+    """overdrive::norm_backward."""
+    dy, x, gamma = dense(dy), dense(x), dense(gamma)
+    dresidual = None if dresidual is None else dense(dresidual)
+    rows, cols = x.shape
+    dx, dgamma = x.new_empty(x.shape), gamma.new_empty(cols)
+    dbeta = gamma.new_empty(0 if rms else cols)
+    height, width, warps = _row_shape(cols)
+    programs = min(max(_sm_count(x.device) - sm_margin, 1) * max(16 // warps, 1), max(-(-rows // height), 1))
+    partial = x.new_empty((1 if rms else 2, programs, cols), dtype=torch.float32)
+    _norm_backward_rows[(programs,)](
+        dy, dy.stride(0), x, x.stride(0), gamma, mean, rstd, dresidual, 0 if dresidual is None else dresidual.stride(0),
+        dx, partial, rows, cols, rms, zero_centered, height, width, num_warps=warps, **FUSE,
+    )  # fmt: skip
+    column_sums(partial, dgamma, None if rms else dbeta)
+    return dx, dgamma, dbeta

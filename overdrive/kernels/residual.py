@@ -1,0 +1,100 @@
+"""Residual add with bias and dropout, its gradient, and the norm that follows.
+
+Shapes: x, residual, out [T, K]; bias [K]. The dropout mask is ops.residual.dropout_scale's, bit for bit, recomputed wherever it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from overdrive.kernels.norm import forward
+from overdrive.kernels.tile import dense, load_tile, run_tiles
+from overdrive.ops.quantize import Mode, Quantization
+
+
+@triton.jit
+def _mix(h):
+    """ops.residual._mix in 32-bit unsigned arithmetic."""
+    h = (h ^ (h >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    h = (h ^ (h >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _dropout(value, row0, cols, seed, threshold, keep, BT: tl.constexpr):
+    """value * dropout_scale of its elements; threshold: p * 2**32 as the i32 of the same bits."""
+    rows = (row0 + tl.arange(0, BT)).to(tl.uint32)
+    row_hash = _mix(rows ^ tl.load(seed).to(tl.uint32))
+    hashed = _mix(row_hash[:, None] + cols.to(tl.uint32)[None, :])
+    return value * tl.where(hashed < threshold.to(tl.uint32), 0.0, keep)
+
+
+@triton.jit
+def _residual_source(args, DROPOUT: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: residual + dropout(x + bias); args (x, stride, bias, residual, residual_stride, seed, threshold, keep)."""
+    x, stride, bias, residual, residual_stride, seed, threshold, keep = args
+    cols = col0 + tl.arange(0, BK)
+    inside = cols < F
+    value = load_tile(x, stride, row0, cols, inside, T, BT)
+    if bias is not None:
+        value += tl.load(bias + cols, inside, 0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        value = _dropout(value, row0, cols, seed, threshold, keep, BT)
+    return (load_tile(residual, residual_stride, row0, cols, inside, T, BT) + value,)
+
+
+@triton.jit
+def _gradient_source(args, DROPOUT: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+    """Source: dropout(dout); args (dout, stride, seed, threshold, keep)."""
+    dout, stride, seed, threshold, keep = args
+    cols = col0 + tl.arange(0, BK)
+    value = load_tile(dout, stride, row0, cols, cols < F, T, BT)
+    if DROPOUT:
+        value = _dropout(value, row0, cols, seed, threshold, keep, BT)
+    return (value,)
+
+
+def _dropout_args(p: float, seed: torch.Tensor | None) -> tuple[Any, ...]:
+    """(seed, threshold, keep); the threshold wraps into an i32 so that its type does not depend on p."""
+    if p <= 0:
+        return None, 0, 1.0
+    threshold = int(p * 2**32)
+    return seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - p)
+
+
+def _residual_args(x, bias, residual, p, seed) -> tuple[Any, ...]:
+    x, residual = dense(x), dense(residual)
+    return x, x.stride(0), None if bias is None else dense(bias), residual, residual.stride(0), *_dropout_args(p, seed)
+
+
+def residual_add(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    """overdrive::residual_add."""
+    args, q = _residual_args(x, bias, residual, p, seed), Quantization(Mode.PLAIN, residual.dtype)
+    return run_tiles(_residual_source, args, p > 0, residual, residual.shape, q)[0].data
+
+
+def residual_backward(
+    dout: torch.Tensor, p: float, seed: torch.Tensor | None, bias_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """overdrive::residual_backward."""
+    dout = dense(dout)
+    args, q = (dout, dout.stride(0), *_dropout_args(p, seed)), Quantization(Mode.PLAIN, dout.dtype)
+    out, column_sum = run_tiles(_gradient_source, args, p > 0, dout, dout.shape, q, bias_grad=bias_grad)
+    return out.data, column_sum
+
+
+def residual_norm(x, bias, residual, p, seed, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor, ...]:
+    """overdrive::residual_norm."""
+    out = residual.new_empty(residual.shape)
+    args = _residual_args(x, bias, residual, p, seed)
+    gamma, beta = dense(gamma), None if beta is None else dense(beta)
+    quantized, mean, rstd = forward(
+        _residual_source, args, p > 0, out, out, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+    )
+    return (out, *quantized, mean, rstd)

@@ -1,0 +1,82 @@
+"""The turn of a delayed-scaling step, for a whole model at once: roll the histories, find the peaks, make the scales, snapshot them.
+
+Shapes: S slots, L entries of the history ring; a program takes BS slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from overdrive.kernels.tile import FUSE
+from overdrive.ops.scaling import _FP32_MAX, FIRST_GRADIENT_SLOT, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, arena
+
+_UNTOUCHED: tl.constexpr = tl.constexpr(UNTOUCHED)
+_MAX: tl.constexpr = tl.constexpr(_FP32_MAX)
+_PER_GEMM: tl.constexpr = tl.constexpr(SLOTS_PER_GEMM)
+_FIRST_GRADIENT: tl.constexpr = tl.constexpr(FIRST_GRADIENT_SLOT)
+
+
+@triton.jit(do_not_specialize=["tenant", "S", "L", "length"])
+def _begin_step(counter, amax, reduced, owner, history, position, scale, snapshot, tenant, S, L, length, max_forward, max_backward,
+                headroom, ROLL: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """reduced: amax after the group's maximum. length: entries of the ring that count, 1 for "most_recent"."""
+    pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(counter, tl.load(counter) + 1)
+    slots = pid * BS + tl.arange(0, BS)
+    old = tl.load(scale + slots, slots < S, 1.0)
+    if ROLL:
+        peak = tl.load(reduced + slots, slots < S, _UNTOUCHED)
+        touched = (tl.load(owner + slots, slots < S, -1) == tenant) & (peak != _UNTOUCHED) & (slots < S)
+        steps = tl.load(position + slots, touched, 0)
+        newest = steps % L
+        # integers order amaxes as floats do and keep NaN on top; entry 0 is the new one, the others lie behind it in the ring
+        bits = peak.to(tl.int32, bitcast=True)
+        for first in range(1, length, BL):
+            entry = first + tl.arange(0, BL)
+            row = (newest[None, :] + L - entry[:, None]) % L
+            mask = touched[None, :] & (entry < length)[:, None]
+            values = tl.load(history + row.to(tl.int64) * S + slots[None, :], mask, 0.0)
+            bits = tl.maximum(bits, tl.max(values.to(tl.int32, bitcast=True), 0))
+        tl.store(history + newest.to(tl.int64) * S + slots, peak, touched)
+        tl.store(position + slots, steps + 1, touched)
+        tl.store(amax + slots, _UNTOUCHED, touched)
+        peak = bits.to(tl.float32, bitcast=True)
+        fp8_max = tl.where(slots % _PER_GEMM >= _FIRST_GRADIENT, max_backward, max_forward) * headroom
+        new = tl.div_rn(fp8_max, peak)
+        new = tl.where((peak > 0) & (peak <= _MAX), new, old)
+        new = tl.where(new > _MAX, _MAX, new)
+        old = tl.where(touched, new, old)
+        tl.store(scale + slots, old, touched)
+    tl.store(snapshot + slots, old, slots < S)
+
+
+def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tensor:
+    """overdrive::begin_step. Recipes with callables roll as the reference does, one torch op after the other."""
+    state = arena(counter.device)
+    state.reserve(capacity)
+    reduced, length, limits, headroom = state.amax, 0, (1.0, 1.0), 1.0
+    roll = tenant >= 0
+    if roll:
+        recipe, group = TENANTS[tenant].recipe, TENANTS[tenant].group
+        if callable(recipe.amax_compute_algo) or recipe.scaling_factor_compute_algo is not None:
+            state.roll(tenant)
+            roll = False
+        else:
+            state.reserve(capacity, recipe.amax_history_len)
+            length = 1 if recipe.amax_compute_algo == "most_recent" else recipe.amax_history_len
+            limits = recipe.fp8_format.value.max_fwd, recipe.fp8_format.value.max_bwd
+            headroom = 2.0**-recipe.margin
+            reduced = state.amax
+            if group is not None:
+                reduced = torch.where(state.owner == tenant, state.amax, UNTOUCHED)
+                torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=group)
+    snapshot = torch.empty_like(state.scale)
+    grid = (triton.cdiv(state.capacity, 32),)
+    _begin_step[grid](
+        state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot, tenant,
+        state.capacity, state.history.shape[0], length, *limits, headroom, ROLL=roll, BL=256, BS=32, num_warps=8, **FUSE,
+    )  # fmt: skip
+    return snapshot

@@ -1,0 +1,334 @@
+"""What all layers share: parameters that may be split yet stay one buffer, slots and their state, input checks, GEMM options."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from overdrive.functional.gemm import GemmOptions
+from overdrive.functional.linear import Parameters
+from overdrive.modules.checks import InitMethod
+from overdrive.modules.weight_grad import WeightGradStore
+from overdrive.ops.quantize import PAD
+from overdrive.scaling.arena import SlotRange, with_index
+from overdrive.scaling.autocast import Context, current_context
+from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
+from overdrive.scaling.tensor import QuantizedTensor
+
+
+class LinearNames:
+    """Names of the parameters that make up one weight and its bias, and how many rows each has."""
+
+    def __init__(self, prefix: str, sizes: dict[str, int] | None, rows: int, bias: bool) -> None:
+        parts = [f"{name}_" for name in sizes] if sizes else [prefix]
+        self.fused = (f"{prefix}weight", f"{prefix}bias")
+        self.weights = tuple(f"{part}weight" for part in parts)
+        self.biases = tuple(f"{part}bias" for part in parts) if bias else ()
+        self.sizes = tuple(sizes.values()) if sizes else (rows,)
+
+    @property
+    def split(self) -> bool:
+        """Whether there is more than one weight."""
+        return len(self.weights) > 1
+
+
+class Module(nn.Module):
+    """Base of the layers. A layer with GEMMs calls `_add_slots` and `_add_linear` when it is built."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self._slot_range: SlotRange | None = None
+        self._linears: list[LinearNames] = []
+        self._fused: dict[str, torch.Tensor] = {}
+        self._weight_cache: dict[int, QuantizedTensor] = {}
+        self._weight_grads = WeightGradStore()
+        self._warned = False
+
+    @property
+    def _label(self) -> str:
+        kind = type(self).__name__
+        return f"{kind} {self.name!r}" if self.name else kind
+
+    # --- parameters -------------------------------------------------------------------------------------------------
+
+    def _add_linear(
+        self,
+        prefix: str,
+        rows: int,
+        cols: int,
+        bias: bool,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        init: InitMethod,
+        sizes: dict[str, int] | None = None,
+        get_rng_state_tracker: Any = None,
+        partition_dim: int = 0,
+    ) -> None:
+        names = LinearNames(prefix, sizes, rows, bias)
+        self._linears.append(names)
+        fork = get_rng_state_tracker().fork() if get_rng_state_tracker is not None else contextlib.nullcontext()
+        with fork:
+            for name, size in zip(names.weights, names.sizes):
+                weight = nn.Parameter(torch.empty(size, cols, dtype=dtype, device=device))
+                if device.type != "meta":
+                    with torch.no_grad():
+                        init(weight)
+                mark_parallel(weight, partition_dim)
+                self.register_parameter(name, weight)
+        for name, size in zip(names.biases, names.sizes):
+            vector = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+            mark_parallel(vector, 0)
+            self.register_parameter(name, vector)
+        if not bias:
+            setattr(self, names.fused[1], torch.empty(0, dtype=dtype, device=device))
+        self._fuse()
+
+    def _fuse(self) -> None:
+        """Make the parts of every split weight and bias views of one buffer, so that the products need no concatenation."""
+        for linear in self._linears:
+            for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
+                if linear.split and names and not self._adjacent(fused, names):
+                    parts = [self._parameters[name] for name in names]
+                    with torch.no_grad():
+                        buffer = torch.cat([part.detach() for part in parts])  # pyright: ignore[reportOptionalMemberAccess]
+                        for part, view in zip(parts, buffer.split(linear.sizes)):
+                            part.data = view  # pyright: ignore[reportOptionalMemberAccess]
+                    self._fused[fused] = buffer
+
+    def _adjacent(self, fused: str, names: tuple[str, ...]) -> bool:
+        buffer = self._fused.get(fused)
+        if buffer is None:
+            return False
+        address = buffer.data_ptr()
+        for name in names:
+            part = self._parameters[name]
+            assert part is not None
+            if part.data_ptr() != address or part.dtype != buffer.dtype or part.device != buffer.device:
+                return False
+            address += part.numel() * part.element_size()
+        return True
+
+    def _use_fused(self, index: int) -> None:
+        """Turn a split weight and bias into one parameter each, as assigning `.weight` asks for."""
+        linear = self._linears[index]
+        for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
+            if names:
+                buffer = self._fused.pop(fused)
+                for name in names:
+                    del self._parameters[name]
+                parameter = nn.Parameter(buffer)
+                mark_parallel(parameter, 0)
+                super().register_parameter(fused, parameter)
+        self._linears[index] = LinearNames("", None, sum(linear.sizes), bool(linear.biases))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in ("weight", "bias"):
+            self._accept_whole(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's. A whole `weight` or `bias` given to a layer with split ones replaces the parts, and is shared, not copied."""
+        if param is not None and name in ("weight", "bias"):
+            self._accept_whole(name)
+        super().register_parameter(name, param)
+
+    def _accept_whole(self, name: str) -> None:
+        for index, linear in enumerate(self.__dict__.get("_linears", ())):
+            if linear.split and name in linear.fused and linear.weights[0] in self._parameters:
+                self._use_fused(index)
+
+    def _parameters_of(self, index: int, with_bias: bool = True, dtype: torch.dtype | None = None) -> Parameters:
+        linear = self._linears[index]
+        if linear.split and not torch.compiler.is_compiling():
+            self._fuse()
+        weights = tuple(getattr(self, name) for name in linear.weights)
+        biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
+        fused = [self._fused.get(name) for name in linear.fused] if linear.split else [None, None]
+        if not biases:
+            fused[1] = None
+        if dtype is not None and weights[0].dtype != dtype:  # torch.autocast: autograd casts the gradients back
+            weights, biases = tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
+            fused = [None if tensor is None else tensor.to(dtype) for tensor in fused]
+        return Parameters(weights, biases, *fused)
+
+    def _whole_bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias as one tensor that gradients flow through, None without bias."""
+        biases = [getattr(self, name) for name in self._linears[index].biases]
+        if not biases:
+            return None
+        return (biases[0] if len(biases) == 1 else torch.cat(biases)).to(dtype)
+
+    # --- slots and their state --------------------------------------------------------------------------------------
+
+    def _add_slots(self, gemms: int, device: torch.device) -> None:
+        self._slot_range = SlotRange(gemms, device)
+        self.register_buffer("_slots", self._slot_range.indices(device), persistent=False)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._slots.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Module:
+        before = None if self._slot_range is None else self._device
+        super()._apply(fn, recurse)
+        self._weight_cache.clear()
+        if self._slot_range is not None and before is not None and self._device != before:
+            state = self._slot_range.export(before) if before.type != "meta" else None
+            self._slots = self._slot_range.indices(self._device)
+            if state is not None and self._device.type != "meta":
+                self._slot_range.restore(state, self._device)
+        self._fuse()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = None if self._slot_range is None or self._device.type == "meta" else self._slot_range.export(self._device)
+        if state is not None:
+            destination[prefix + "_extra_state"] = state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *messages: Any) -> None:
+        state = state_dict.pop(prefix + "_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
+        self._weight_cache.clear()
+        self._fuse()
+        if isinstance(state, torch.Tensor) and state.dtype == torch.float32 and self._slot_range is not None:
+            try:
+                self._slot_range.restore(state, self._device)
+            except ValueError as error:
+                messages[2].append(f"{prefix}_extra_state: {error}")
+        elif state is not None and not (isinstance(state, torch.Tensor) and state.numel() == 0):
+            warnings.warn(
+                f"{prefix}_extra_state is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and "
+                "settle within a few steps",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy.deepcopy: the copy gets slots of its own with the same state."""
+        state = self.__dict__.copy()
+        if self._slot_range is not None:
+            exported = self._slot_range.export(self._device) if self._device.type != "meta" else None
+            state["_slot_range"] = (len(self._linears) or 1, exported)
+        state["_fused"], state["_weight_cache"], state["_weight_grads"] = {}, {}, WeightGradStore()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._slot_range is not None:
+            gemms, exported = self._slot_range  # pyright: ignore[reportGeneralTypeIssues]
+            self._slot_range = SlotRange(gemms, self._device)
+            self._slots = self._slot_range.indices(self._device)
+            if exported is not None:
+                self._slot_range.restore(exported, self._device)
+        self._fuse()
+
+    # --- one call ---------------------------------------------------------------------------------------------------
+
+    def _check_input(self, inp: Any, features: int, parameter: torch.Tensor, what: str) -> torch.dtype:
+        """The dtype to compute in, or an error that names what is wrong with `inp`."""
+        if not isinstance(inp, torch.Tensor):
+            raise TypeError(f"{self._label}: inp must be a tensor, got {type(inp).__name__}")
+        if inp.dim() == 0 or inp.shape[-1] != features:
+            raise ValueError(f"{self._label}: inp's last dimension must be {what}={features}, got shape {list(inp.shape)}")
+        if inp.device != parameter.device:
+            raise ValueError(
+                f"{self._label}: inp is on {inp.device} but the parameters are on {parameter.device}; move one of them with .to()"
+            )
+        if torch.is_autocast_enabled(inp.device.type):
+            return torch.get_autocast_dtype(inp.device.type)
+        if inp.dtype != parameter.dtype:
+            raise TypeError(
+                f"{self._label}: inp has dtype {inp.dtype} but the parameters have {parameter.dtype}; convert one of them, set "
+                "params_dtype, or use torch.autocast"
+            )
+        return inp.dtype
+
+    def _rules(self, context: Context, tokens: int, *features: int) -> Rules | None:
+        """The rules this call follows; None where FP8 cannot take the layer's features, said once."""
+        rules = context.rules
+        if rules is None:
+            return None
+        if not fits_fp8(*features):
+            self._warn_once(
+                f"FP8 GEMMs need feature counts divisible by {PAD}, this layer has {' x '.join(map(str, features))}: it runs in high "
+                f"precision. Round its sizes up to multiples of {PAD} to run it in FP8."
+            )
+            return None
+        if tokens % PAD and rules.quantizes:
+            self._warn_once(
+                f"FP8 GEMMs need token counts divisible by {PAD}, this layer got {tokens}: it runs padded to "
+                f"{-(-tokens // PAD) * PAD}. Use a batch x sequence divisible by {PAD} to avoid the extra work."
+            )
+        return rules.at(0, record=False) if context.replayed else rules
+
+    def _warn_once(self, message: str) -> None:
+        if not torch.compiler.is_compiling() and not self._warned:
+            self._warned = True
+            warnings.warn(f"{self._label}: {message}", stacklevel=4)
+
+    def _scales(self, context: Context) -> Scales:
+        if context.snapshots is None:
+            return Scales()
+        device = with_index(self._device)
+        if device not in context.snapshots:
+            raise RuntimeError(
+                f"{self._label} is on {device}, which had no overdrive layer when the autocast was entered; build and move layers before "
+                "entering it"
+            )
+        return Scales(context.snapshots[device], self._slots)  # pyright: ignore[reportArgumentType]
+
+    def _gemm_options(
+        self, index: int, rules: Rules | None, dtype: torch.dtype, parameters: Parameters, input_grad: bool, training: bool, first: bool | None
+    ) -> GemmOptions:
+        """Options of GEMM number `index`. input_grad: whether a gradient must leave it through its input."""
+        weight_grad = training and any(weight.requires_grad for weight in parameters.weights)
+        bias_grad = training and any(bias.requires_grad for bias in parameters.biases)
+        at = None if rules is None else rules.at(index) if index else rules
+        options = GemmOptions(at, dtype, input_grad and training, weight_grad, bias_grad, self._linears[index].sizes)
+        return self._weight_grads.attach(options, parameters.weights, first) if weight_grad else options
+
+    def _cached_weight(
+        self, index: int, parameters: Parameters, options: GemmOptions, scales: Scales, first: bool | None
+    ) -> QuantizedTensor | None:
+        """The weight as quantized at the first microbatch: made anew if `first`, None where each call quantizes for itself."""
+        if first is None or not options.quantizes:
+            return None
+        assert options.rules is not None
+        quantizer = options.rules.weight
+        cached = self._weight_cache.get(index)
+        usable = cached is not None and cached.mode == quantizer.mode and (cached.data_t is not None or not options.input_grad)
+        if first or not usable:
+            with torch.no_grad():
+                weight = parameters.weights[0] if parameters.fused_weight is None else parameters.fused_weight
+                cached = quantizer(weight.detach(), scales, row=True, col=True)[0]
+            self._weight_cache[index] = cached
+        return cached
+
+    def backward_dw(self) -> None:
+        """Compute the weight gradients that `delay_wgrad_compute=True` put off; call it after backward."""
+        self._weight_grads.run()
+
+
+def current_call() -> tuple[Context, bool]:
+    """(context, training) of the call being made."""
+    return current_context()
+
+
+def mark_parallel(parameter: torch.Tensor, dim: int) -> None:
+    """Attributes by which training frameworks know how a parameter is partitioned."""
+    parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.partition_dim = dim  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.partition_stride = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """torch.autocast off where it is on: the layers have cast their inputs, what happens inside is not its business."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

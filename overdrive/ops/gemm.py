@@ -1,0 +1,67 @@
+"""Matrix products: out = a @ b.T (+ bias), both operands with the contraction last, in fp32/fp16/bf16 or FP8.
+
+Shapes: a [M, K], b [N, K], bias [N], out [M, N]. FP8 operands are quantized data with their reciprocal scales (ops.quantize.Quantized).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from overdrive.ops.library import define
+from overdrive.ops.quantize import BLOCK, Mode
+
+
+def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, mode: int) -> torch.Tensor:
+    """f32 values of quantized data [R, C]."""
+    rows, cols = data.shape
+    if mode == Mode.BLOCK_1D:
+        scale_inv = scale_inv.repeat_interleave(BLOCK, 1)[:, :cols]
+    elif mode == Mode.BLOCK_2D:
+        scale_inv = scale_inv.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
+    return data.float() * scale_inv
+
+
+def _gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
+    if mode_a == Mode.PLAIN:
+        return F.linear(a.to(dtype), b.to(dtype), bias if bias is None else bias.to(dtype))
+    out = dequantize(a, scale_a, mode_a) @ dequantize(b, scale_b, mode_b).t()
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
+    if a.shape[0] == 0 or b.shape[0] == 0 or a.shape[1] == 0:  # cuBLAS leaves the output of an empty product unwritten
+        out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
+        return out if bias is None else out + bias
+    if mode_a == Mode.PLAIN:
+        if dtype != a.dtype:
+            out = torch.mm(a, b.t(), out_dtype=dtype)
+            return out if bias is None else out + bias
+        return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
+    late_bias = bias if dtype == torch.float32 else None  # cuBLASLt takes no bias with f32 output
+    if late_bias is not None:
+        bias = None
+    if mode_a in (Mode.DELAYED, Mode.CURRENT):
+        out = torch._scaled_mm(a, b.t(), scale_a, scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast_accumulation)
+    else:
+        out = _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b)
+    return out if late_bias is None else out + late_bias
+
+
+def _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b) -> torch.Tensor:
+    kinds = {Mode.BLOCK_1D: F.ScalingType.BlockWise1x128, Mode.BLOCK_2D: F.ScalingType.BlockWise128x128}
+    operands = ((scale_a, mode_a), (scale_b, mode_b))
+    # 128x128 scales are handed over transposed: [K/128 padded to 4, rows/128], the first index fastest
+    (sa, sb) = (scale.t() if mode == Mode.BLOCK_2D else scale for scale, mode in operands)
+    out = F.scaled_mm(a, b.t(), sa, kinds[Mode(mode_a)], sb, kinds[Mode(mode_b)], output_dtype=dtype)
+    return out if bias is None else out + bias
+
+
+gemm = define(
+    "gemm(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, ScalarType dtype, int mode_a, int mode_b, "
+    "bool fast_accumulation) -> Tensor",
+    reference=_gemm,
+    kernel=_gemm_cuda,
+    fake=lambda a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+)
+"""a @ b.T + bias in `dtype`, summed in f32. mode_a, mode_b: the operands' Mode (PLAIN: no scales)."""

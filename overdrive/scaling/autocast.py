@@ -1,0 +1,150 @@
+"""`autocast`: which recipe the layers inside of it use, and when delayed scaling's steps begin."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from overdrive.ops.scaling import begin_step
+from overdrive.recipe import DelayedScaling, Recipe
+from overdrive.scaling import recompute
+from overdrive.scaling.arena import SLOTS, rules_tenant
+from overdrive.scaling.quantizers import Rules, rules_for
+from overdrive.scaling.support import usable
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an autocast asks of the layers inside.
+
+    rules: how to quantize, None for high precision. tenant: delayed scaling's number of the recipe and group. snapshots: this step's
+    scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already.
+    """
+
+    rules: Rules | None = None
+    tenant: int = -1
+    snapshots: dict[torch.device, torch.Tensor] | None = None
+    replayed: bool = False
+
+
+OFF = Context()
+
+
+class _State:
+    """An instance, as torch 2.11's tracer refuses to set attributes of a class."""
+
+    def __init__(self) -> None:
+        self.context = OFF
+
+
+STATE = _State()
+
+
+def get_default_recipe() -> Recipe:
+    """The recipe of an `autocast` that names none: DelayedScaling()."""
+    return DelayedScaling()
+
+
+def _snapshots(tenant: int, recording: bool) -> dict[torch.device, torch.Tensor]:
+    return {device: begin_step(counter, SLOTS.capacity, tenant if recording else -1) for device, counter in SLOTS.counters.items()}
+
+
+def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context, training: bool) -> Context:
+    if not (enabled or calibrating):
+        return OFF
+    recipe = get_default_recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            "autocast: recipe must be a recipe of overdrive.common.recipe (DelayedScaling(), Float8CurrentScaling(), "
+            f"Float8BlockScaling()), got {type(recipe).__name__}: {recipe!r}"
+        )
+    for name in ("fp8_dpa", "fp8_mha"):
+        if getattr(recipe, name):
+            raise NotImplementedError(f"autocast: {type(recipe).__name__}({name}=True) is not built yet; use {name}=False")
+    if enabled:
+        available, reason = usable(recipe)
+        if not available:
+            raise NotImplementedError(f"autocast: {type(recipe).__name__} cannot run here: {reason}")
+    if not isinstance(recipe, DelayedScaling):
+        return Context(rules_for(recipe, -1)) if enabled else OFF  # only delayed scaling has anything to calibrate
+    tenant = rules_tenant(recipe, group)
+    if outer.tenant == tenant and outer.snapshots is not None:
+        snapshots = outer.snapshots  # a nested autocast continues the step of its equal
+    else:
+        snapshots = _snapshots(tenant, training)
+    return Context(rules_for(recipe, tenant, quantizes=enabled), tenant, snapshots)
+
+
+def _enter(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context) -> Context:
+    if torch.compiler.is_compiling():
+        return _new_context(enabled, calibrating, recipe, group, outer, torch.is_grad_enabled())
+    recording, task = recompute.current()
+    if recording is not None and task != -1:
+        earlier = recording.next_entered(task)
+        if earlier is not None:
+            return replace(earlier, replayed=True)
+    training = torch.is_grad_enabled() or recording is not None
+    context = _new_context(enabled, calibrating, recipe, group, outer, training)
+    if recording is not None:
+        recording.entered.append(context)
+    return context
+
+
+@contextlib.contextmanager
+def autocast(
+    enabled: bool = True,
+    calibrating: bool = False,
+    recipe: Recipe | None = None,
+    amax_reduction_group: Any = None,
+    _graph: bool = False,
+) -> Iterator[None]:
+    """Run the overdrive layers inside in FP8, forward and (wherever it is called) backward.
+
+    enabled: False runs them in high precision, also inside an enabled autocast. calibrating: record the amaxes that delayed scaling
+    needs although FP8 is off. recipe: None means DelayedScaling(). amax_reduction_group: process group over which
+    delayed scaling takes the maximum of amaxes (every rank must enter the autocast). _graph: accepted for compatibility; CUDA graphs
+    need no flag here.
+
+    Entering the outermost autocast with gradients enabled ends delayed scaling's previous step. Raises TypeError for a recipe
+    that is none, NotImplementedError for one that is not built or cannot run on this machine.
+    """
+    outer = STATE.context
+    STATE.context = _enter(enabled, calibrating, recipe, amax_reduction_group, outer)
+    try:
+        yield
+    finally:
+        STATE.context = outer
+
+
+def fp8_autocast(
+    enabled: bool = True,
+    calibrating: bool = False,
+    fp8_recipe: Recipe | None = None,
+    fp8_group: Any = None,
+    _graph: bool = False,
+) -> contextlib.AbstractContextManager[None]:
+    """The older name of `autocast`."""
+    return autocast(enabled, calibrating, fp8_recipe, fp8_group, _graph)
+
+
+def current_context() -> tuple[Context, bool]:
+    """(context, training): what a layer called now has to follow, and whether a backward may come.
+
+    Inside of a checkpoint's recomputation that is the context of the forward it repeats.
+    """
+    context, training = STATE.context, torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return context, training
+    recording, task = recompute.current()
+    if recording is None:
+        return context, training
+    if any(context is entered for entered in recording.entered) or context.replayed:
+        return context, True
+    if task == -1:
+        recording.around = context
+        return context, True
+    return (context if recording.around is None else replace(recording.around, replayed=True)), True

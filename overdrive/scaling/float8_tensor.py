@@ -1,0 +1,86 @@
+"""`Float8Tensor`: a quantized activation as users see it, a tensor that autograd follows and the next Linear does not quantize again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from overdrive.ops.quantize import Mode
+from overdrive.scaling.tensor import QuantizedTensor
+
+_INNER = ("data", "data_t", "scale_inv", "scale_inv_t")
+_SAME_VALUES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_NEW_SHAPE = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
+
+
+class Float8Tensor(torch.Tensor):
+    """An FP8 tensor that looks like one of its nominal dtype (bf16, say).
+
+    Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first. Saving it with
+    torch.save stores the plain tensor of its values, so files hold no code of ours.
+    """
+
+    @staticmethod
+    def __new__(
+        cls, inner: dict[str, torch.Tensor], mode: Mode, matrix: tuple[int, int], dtype: torch.dtype, shape
+    ) -> Float8Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=inner["scale_inv"].device)
+
+    def __init__(self, inner: dict[str, torch.Tensor], mode: Mode, matrix: tuple[int, int], dtype: torch.dtype, shape) -> None:
+        self._inner_names = tuple(name for name in _INNER if name in inner)
+        for name in self._inner_names:
+            setattr(self, f"_{name}", inner[name])
+        self._mode, self._matrix = mode, matrix
+
+    @classmethod
+    def from_quantized(cls, q: QuantizedTensor, shape: Any) -> Float8Tensor:
+        """Wrap quantized data [T, K] as a tensor of `shape` [..., K]."""
+        inner = {name: getattr(q, name) for name in _INNER[:3] if getattr(q, name) is not None}
+        if not q.mode.per_tensor and q.data_t is not None:
+            inner["scale_inv_t"] = q.scale_inv_t
+        return cls(inner, q.mode, q.shape, q.dtype, torch.Size(shape))
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The FP8 data and scales."""
+        data, data_t, scale_inv, scale_inv_t = (getattr(self, f"_{name}", None) for name in _INNER)
+        assert scale_inv is not None
+        return QuantizedTensor(
+            data, data_t, scale_inv, scale_inv if scale_inv_t is None else scale_inv_t, self._mode, self._matrix, self.dtype
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values as a plain tensor, in the nominal dtype unless told otherwise."""
+        values = self.quantized.dequantize().view(self.shape)
+        return values if dtype is None else values.to(dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        fp8 = (self._data if hasattr(self, "_data") else self._data_t).dtype
+        return f"Float8Tensor(shape={list(self.shape)}, dtype={self.dtype}, fp8_dtype={fp8}, scaling={self._mode.name.lower()}, data={self.dequantize()})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantize().detach().__reduce_ex__(protocol)
+
+    def __tensor_flatten__(self):
+        return [f"_{name}" for name in self._inner_names], (self._mode, self._matrix, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, outer_size, outer_stride):
+        mode, matrix, dtype = meta
+        return cls({name[1:]: tensor for name, tensor in inner.items()}, mode, matrix, dtype, outer_size)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in _SAME_VALUES:
+            return cls.from_quantized(args[0].quantized, args[0].shape)
+        if func in _NEW_SHAPE:
+            shape = torch.empty(args[0].shape, device="meta").view(args[1]).shape
+            if shape[-1:] == args[0].shape[-1:]:
+                return cls.from_quantized(args[0].quantized, shape)
+
+        def plain(value: Any) -> Any:
+            return value.dequantize() if isinstance(value, Float8Tensor) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        return func(*args, **kwargs)

@@ -1,0 +1,114 @@
+"""From a recipe to how each tensor of a GEMM is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from overdrive.ops.quantize import PAD, Mode, Quantization, Quantized, quantize
+from overdrive.ops.scaling import SLOTS_PER_GEMM
+from overdrive.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Recipe
+from overdrive.scaling.tensor import QuantizedTensor
+
+_BLOCK = {1: Mode.BLOCK_1D, 2: Mode.BLOCK_2D}
+
+
+class Scales(NamedTuple):
+    """Where delayed scaling finds its scales: the step's snapshot f32 [capacity] and the module's slots i32. None for other recipes."""
+
+    snapshot: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How one tensor is quantized. slot counts within the module; tenant < 0 records no amax."""
+
+    mode: Mode
+    dtype: torch.dtype
+    slot: int
+    tenant: int = -1
+    power_of_2: bool = False
+
+    def arguments(self, scales: Scales, row: bool, col: bool) -> Quantization:
+        """The tail of an op's arguments."""
+        return Quantization(self.mode, self.dtype, scales.snapshot, scales.slots, self.slot, self.tenant, self.power_of_2, row, col)
+
+    def wrap(self, outputs: Quantized, shape: tuple[int, int], dtype: torch.dtype, row: bool, col: bool) -> QuantizedTensor:
+        """What an op returned, as a tensor of `shape` that stands for values of `dtype`."""
+        per_tensor = self.mode in (Mode.DELAYED, Mode.CURRENT)
+        return QuantizedTensor(
+            outputs[0] if row else None,
+            outputs[1] if col else None,
+            outputs[2],
+            outputs[2] if per_tensor else outputs[3],
+            self.mode,
+            shape,
+            dtype,
+        )
+
+    def __call__(
+        self, x: torch.Tensor, scales: Scales, row: bool = True, col: bool = False, bias_grad: bool = False
+    ) -> tuple[QuantizedTensor, torch.Tensor | None]:
+        """Quantize x [T, K]; with bias_grad also its sum over T."""
+        *outputs, column_sum = quantize(x, bias_grad, *self.arguments(scales, row, col))
+        quantized = self.wrap(Quantized(*outputs), (x.shape[0], x.shape[1]), x.dtype, row, col)
+        return quantized, column_sum if bias_grad else None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the GEMMs of a module run under one recipe. The quantizers are those of its first GEMM; `at` gives another's.
+
+    quantizes: False where only amaxes are recorded (calibration).
+    """
+
+    recipe: Recipe
+    quantizes: bool
+    input: Quantizer
+    weight: Quantizer
+    output: Quantizer
+    grad_output: Quantizer
+    grad_input: Quantizer
+
+    def at(self, gemm: int, record: bool = True) -> Rules:
+        """The rules of GEMM number `gemm`; record=False leaves the forward amaxes alone (they were recorded before)."""
+
+        def moved(q: Quantizer, recorded: bool = True) -> Quantizer:
+            return replace(q, slot=q.slot + gemm * SLOTS_PER_GEMM, tenant=q.tenant if recorded else -1)
+
+        return replace(
+            self,
+            input=moved(self.input, record),
+            weight=moved(self.weight, record),
+            output=moved(self.output, record),
+            grad_output=moved(self.grad_output),
+            grad_input=moved(self.grad_input),
+        )
+
+
+def rules_for(recipe: Recipe, tenant: int, quantizes: bool = True) -> Rules:
+    """The rules of a recipe; tenant as `arena.rules_tenant` numbers it (delayed scaling only)."""
+    fwd, bwd = recipe.fp8_format.value.fwd, recipe.fp8_format.value.bwd
+    if isinstance(recipe, DelayedScaling):
+        kinds = [(Mode.DELAYED, False)] * 5
+    elif isinstance(recipe, Float8CurrentScaling):
+        kinds = [(Mode.CURRENT, recipe.use_power_2_scales)] * 5
+    elif isinstance(recipe, Float8BlockScaling):
+        x, w, g = recipe.x_block_scaling_dim, recipe.w_block_scaling_dim, recipe.grad_block_scaling_dim
+        kinds = [(_BLOCK[dim], not recipe.use_f32_scales) for dim in (x, w, x, g, g)]
+    else:
+        raise NotImplementedError(
+            f"recipe {type(recipe).__name__} is not built yet; use DelayedScaling, Float8CurrentScaling or Float8BlockScaling"
+        )
+    quantizers = [
+        Quantizer(mode, fwd if slot < 3 else bwd, slot, tenant, power_of_2) for slot, (mode, power_of_2) in enumerate(kinds)
+    ]
+    return Rules(recipe, quantizes, *quantizers)
+
+
+def fits_fp8(*features: int) -> bool:
+    """Whether FP8 GEMMs take these feature counts (tokens are padded, features are not)."""
+    return all(size % PAD == 0 and size > 0 for size in features)

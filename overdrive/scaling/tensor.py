@@ -1,0 +1,70 @@
+"""Quantized tensors: `QuantizedTensor` inside the library, `Float8Tensor` where a user meets one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from overdrive.ops.gemm import dequantize
+from overdrive.ops.quantize import Mode
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """FP8 values of a matrix in one or both layouts, with reciprocal scales (ops.quantize.Quantized has their shapes).
+
+    data [Tp, K] serves products that contract over K, data_t [K, Tp] those over T. shape is the unpadded (T, K), dtype what the values
+    stand for. `.t()` swaps the layouts, as a plain tensor's does, so a GEMM is written once for both.
+    """
+
+    data: torch.Tensor | None
+    data_t: torch.Tensor | None
+    scale_inv: torch.Tensor
+    scale_inv_t: torch.Tensor
+    mode: Mode
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def t(self) -> QuantizedTensor:
+        """The transpose."""
+        return QuantizedTensor(self.data_t, self.data, self.scale_inv_t, self.scale_inv, self.mode, self.shape[::-1], self.dtype)
+
+    def only_transposed(self) -> QuantizedTensor:
+        """Without the row layout: what backward keeps."""
+        scale_inv = self.scale_inv if self.mode in (Mode.DELAYED, Mode.CURRENT) else self.scale_inv_t
+        return QuantizedTensor(None, self.data_t, scale_inv, self.scale_inv_t, self.mode, self.shape, self.dtype)
+
+    def dequantize(self) -> torch.Tensor:
+        """The values, in `dtype`."""
+        if self.data is not None:
+            values = dequantize(self.data, self.scale_inv, self.mode)[: self.shape[0]]
+        else:
+            assert self.data_t is not None
+            values = dequantize(self.data_t, self.scale_inv_t, self.mode)[:, : self.shape[0]].t()
+        return values[:, : self.shape[1]].to(self.dtype)
+
+
+Operand = torch.Tensor | QuantizedTensor
+"""One side of a GEMM: high precision or FP8."""
+
+
+def pack(operands: tuple[Operand | None, ...]) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
+    """Operands as plain tensors, which autograd can save, and what `unpack` needs to put them together again."""
+    tensors: list[torch.Tensor | None] = []
+    layout: list[Any] = []
+    for operand in operands:
+        if isinstance(operand, QuantizedTensor):
+            tensors += [operand.data, operand.data_t, operand.scale_inv, operand.scale_inv_t]
+            layout.append((operand.mode, operand.shape, operand.dtype))
+        else:
+            tensors.append(operand)
+            layout.append(None)
+    return tensors, tuple(layout)
+
+
+def unpack(tensors: Any, layout: tuple[Any, ...]) -> list[Any]:
+    """The operands that `pack` took apart."""
+    remaining = iter(tensors)
+    return [next(remaining) if entry is None else QuantizedTensor(*(next(remaining) for _ in range(4)), *entry) for entry in layout]

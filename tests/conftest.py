@@ -1,0 +1,58 @@
+"""One suite for CPU and GPU: the `device` fixture, a seed per test, and on a GPU allocations full of NaN."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("local", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), max_examples=15)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked gpu runs only where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tests run: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Every test starts from a seed of its own name, whatever ran before it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def _poisoning(allocate):
+    """`allocate`, with NaN in what it returns on a GPU (kernels allocate their outputs this way, then must write every element)."""
+
+    def poisoned(*args, **kwargs):
+        out = allocate(*args, **kwargs)
+        if not out.is_cuda or torch.compiler.is_compiling():
+            return out
+        if out.element_size() == 1:
+            out.view(torch.uint8).fill_(0x7F)  # NaN in both FP8 formats
+        elif out.is_floating_point():
+            out.fill_(torch.nan)
+        return out
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output element that a kernel leaves unwritten is NaN."""
+    if torch.cuda.is_available():
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+            monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))

@@ -1,0 +1,122 @@
+"""Every kernel compiled for Hopper (sm_90) by its own launch, on a machine without a GPU: the launch runs up to the point where it would start."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from overdrive.ops.activation import ACTIVATIONS
+from overdrive.ops.quantize import Mode, Quantization
+from overdrive.ops.scaling import tenant_id
+from overdrive.recipe import DelayedScaling
+
+triton = pytest.importorskip("triton")
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SCALES, SLOTS = torch.ones(1024), torch.zeros(5, dtype=torch.int32)
+PLAIN = Quantization(Mode.PLAIN, torch.bfloat16)
+DELAYED = Quantization(Mode.DELAYED, E4M3, SCALES, SLOTS, 0, 0, col=True)
+QUANTIZATIONS = {
+    "plain": PLAIN,
+    "delayed": DELAYED,
+    "delayed e5m2": DELAYED._replace(dtype=E5M2, tenant=-1),
+    "delayed row": DELAYED._replace(col=False),
+    "delayed col": DELAYED._replace(row=False),
+    "current": Quantization(Mode.CURRENT, E4M3, col=True, power_of_2=True),
+    "block 1d": Quantization(Mode.BLOCK_1D, E4M3, col=True, power_of_2=True),
+    "block 2d": Quantization(Mode.BLOCK_2D, E4M3, col=True),
+}
+X, GAMMA = torch.ones(48, 272, dtype=torch.bfloat16), torch.ones(272, dtype=torch.bfloat16)
+STATS, SEED = torch.ones(48), torch.ones(1, dtype=torch.int64)
+
+
+class Hopper:
+    """What Triton asks a driver before a launch."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The list of kernels that launches compiled."""
+    jit, kernels = triton.runtime.jit.JITFunction, []
+    run = jit.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        assert "wgmma" not in kernels[-1].asm["ptx"]
+        return kernels[-1]
+
+    monkeypatch.setattr(jit, "run", compile_only)
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "_sm_count", lambda device: 132)
+    triton.runtime.driver.set_active(Hopper())
+    yield kernels
+    triton.runtime.driver._active = None
+
+
+def launch(family, function, *args):
+    return getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)(*args)
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantize(compiled, name):
+    launch("quantize", "quantize", X, name.startswith("delayed"), *QUANTIZATIONS[name])
+    assert len(compiled) == 1 + name.startswith("delayed") + name.startswith("current")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(compiled, name):
+    launch("activation", "activation", X, name, 7.0, 1.702, *PLAIN)
+    launch("activation", "activation_backward", X[:, : 272 // (1 + ACTIVATIONS[name].gated)], X, name, 7.0, 1.702, False, *PLAIN)
+
+
+@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_quantized_activation(compiled, name, mode):
+    q = QUANTIZATIONS[mode]
+    launch("activation", "activation", X, name, 7.0, 1.702, *q)
+    launch("activation", "activation_backward", X[:, : 272 // (1 + ACTIVATIONS[name].gated)], X, name, 7.0, 1.702, True, *q)
+    if name == "swiglu":  # halves of whole scale blocks
+        launch("activation", "activation_backward", X[:, :128], X[:, :256], name, 7.0, 1.702, True, *q)
+
+
+@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@pytest.mark.parametrize("rms", [False, True])
+def test_norm(compiled, rms, mode):
+    beta = None if rms else GAMMA
+    launch("norm", "norm", X, GAMMA, beta, 1e-5, rms, rms, 0, *QUANTIZATIONS[mode])
+
+
+@pytest.mark.parametrize("cols", [16, 4096, 20000])
+def test_norm_widths(compiled, cols):
+    x, gamma = torch.ones(3, cols), torch.ones(cols)
+    launch("norm", "norm", x, gamma, gamma, 1e-5, False, False, 8, *PLAIN)
+    launch("norm", "norm_backward", x, x, gamma, STATS[:3], STATS[:3], x, False, False, 8)
+    launch("norm", "norm_backward", x, x, gamma, STATS[:3], STATS[:3], None, True, True, 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
+def test_residual(compiled, p):
+    seed = SEED if p else None
+    launch("residual", "residual_add", X, GAMMA, X, p, seed)
+    launch("residual", "residual_backward", X, p, seed, True)
+    for q in (PLAIN, DELAYED):
+        launch("residual", "residual_norm", X, None, X, p, seed, GAMMA, GAMMA, 1e-5, False, False, 0, *q)
+
+
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+def test_begin_step(compiled, algorithm):
+    tenant = tenant_id(DelayedScaling(amax_history_len=4, amax_compute_algo=algorithm), None)
+    counter = torch.zeros(1, dtype=torch.int32)
+    launch("scaling", "begin_step", counter, 1024, tenant)
+    launch("scaling", "begin_step", counter, 1024, -1)
+    assert len(compiled) == 2
