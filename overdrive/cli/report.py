@@ -45,7 +45,9 @@ def table(settings: Settings, results: list[Result]) -> Table:
 
 def notes(settings: Settings, results: list[Result]) -> list[str]:
     """What the columns mean, and why a stage did not run."""
-    on_cpu = ["On a CPU, FP8 is computed by the reference: its numbers are real, its speed means nothing."]
+    on_cpu = [
+        "On a CPU every operation runs as its plain PyTorch reference: errors are real, time and memory say nothing of a GPU."
+    ]
     return [
         "Time: mean of forward + backward. Speed-up: against the first row. FP8: a TransformerLayer under that recipe.",
         "Peak: the most that torch's allocator held at once during one forward + backward, above what it held before "

@@ -13,7 +13,7 @@ from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActivationOptions:
     """name: a key of ops.activation.ACTIVATIONS; limit and alpha serve clamped_swiglu."""
 

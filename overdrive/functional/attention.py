@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 import warnings
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,8 +36,7 @@ class Case(NamedTuple):
     compiling: bool
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """What a backend can do. dropout_step: it keeps probabilities that are multiples of this (0: any); None: no dropout at all."""
 
     name: str
@@ -252,6 +250,25 @@ def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bo
     order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
     query, key, value = (x.permute(order) for x in _autocast(query, key, value))
     return query, key, value, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
+
+
+def split_qkv(qkv: torch.Tensor, heads: int, groups: int, head_dim: int, interleaved: bool) -> tuple[torch.Tensor, ...]:
+    """The QKV product [.., .., (H + 2 G) * D] as Q [.., .., H, D], K and V [.., .., G, D], views of it.
+
+    interleaved: features lie as [G, H / G + 2, D], else as [Q; K; V].
+    """
+    if not interleaved:
+        sizes = [heads * head_dim, groups * head_dim, groups * head_dim]
+        query, key, value = qkv.split(sizes, -1)  # backward is one concatenation
+        return (
+            query.unflatten(-1, (heads, head_dim)),
+            key.unflatten(-1, (groups, head_dim)),
+            value.unflatten(-1, (groups, head_dim)),
+        )
+    per_group = heads // groups
+    query, key, value = qkv.unflatten(-1, (groups, per_group + 2, head_dim)).split([per_group, 1, 1], -2)
+    # with several groups of several query heads no single stride spans the heads: flatten copies Q then
+    return query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -64,8 +64,8 @@ def score_mask(
 ) -> tuple[torch.Tensor | None, bool, torch.Tensor | None]:
     """(score mask that broadcasts to [B, H, S, T] or None, causal, dead).
 
-    causal: the kernel's own square causal mask says it all. dead [B, 1 or H, S or 1, 1]: True where a query is padding or may attend
-    to nothing. Such a row attends to everything in the score mask, so that no softmax is empty, and its output has to be zeroed.
+    causal: the kernel's own square causal mask says it all. dead [B, 1 or H, S or 1, 1]: True where a query is padding or may
+    attend to nothing. Such a row attends to everything in the score mask, so that no softmax is empty; its output is to be zeroed.
     """
     if not kind.takes_mask and (not kind.causal or queries == keys):
         return None, kind.causal, None

@@ -20,7 +20,7 @@ from overdrive.scaling.tensor import Operand, QuantizedTensor
 WeightGradSink = Callable[[Operand, Operand], tuple[torch.Tensor | None, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class GemmOptions:
     """What one GEMM of a module does, constant for compiled code.
 

@@ -23,7 +23,7 @@ from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import pack, unpack
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerNormLinearOptions:
     """return_norm: also return the norm's output. return_residual: also return x, whose gradient then joins inside norm backward."""
 

@@ -28,7 +28,7 @@ from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import pack, unpack
 
 
-@dataclass(frozen=True)
+@dataclass
 class Residual:
     """What enters before the norm: out = residual + dropout_p(x + bias). seed: int64 [1], needed where p > 0."""
 
@@ -38,7 +38,7 @@ class Residual:
     seed: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerNormMLPOptions:
     """fc1_arguments: how many of the Function's arguments are fc1's parameters. add_residual: a Residual comes first, dropping with
     probability p. return_norm, return_residual: also return the norm's output; the norm's input."""

@@ -22,7 +22,7 @@ from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand, QuantizedTensor, pack, unpack
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parameters:
     """A weight [N, K] and bias [N], in one parameter each or in several.
 
@@ -66,7 +66,7 @@ def gradients(
     return (None, None, None, *dweights, *dbiases)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinearOptions:
     """gemm: the product. training: a backward may come. save_original_input: keep x itself and quantize its transpose in backward.
     fp8_output: return a Float8Tensor."""

@@ -16,7 +16,7 @@ from overdrive.scaling.quantizers import Rules, Scales
 from overdrive.scaling.tensor import Operand
 
 
-@dataclass(frozen=True)
+@dataclass
 class NormOptions:
     """Which norm: eps is added to the variance, zero_centered makes the gain 1 + gamma, rms leaves the mean alone."""
 

@@ -46,11 +46,14 @@ def bias_dropout_add(
 ) -> torch.Tensor:
     """residual + drop_path(dropout_p(x + bias)), in the residual's dtype; each of p and drop_path is 0 outside of training.
 
+    bias: [K], or of x's shape: another branch's output.
     drop_path: probability of dropping the whole branch of one sample, the samples lying along batch_dim; what stays is divided by
     1 - drop_path.
     """
+    if bias is not None and (bias.dim() > 1 or drop_path > 0):
+        x, bias = x + bias, None
     if drop_path > 0:
-        x, bias = F.dropout(x if bias is None else x + bias, p), None
+        x = F.dropout(x, p)
         samples = [size if dim == batch_dim else 1 for dim, size in enumerate(x.shape)]
         kept = torch.rand(samples, device=x.device) >= drop_path
         x, p = x * (kept / (1 - drop_path)).to(x.dtype), 0.0

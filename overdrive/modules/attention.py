@@ -14,13 +14,16 @@ from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, chec
 from overdrive.modules.checks import one_of, positive_int, refuse, refuse_parallelism
 
 FORMATS = ("sbhd", "bshd")
-_LATER = "not built yet"
+LATER = "not built yet"
 
 
-def qkv_layout(module: str, value: str) -> str:
-    """`value` if it is a layout that attention takes, else an error."""
-    refuse(module, {"qkv_format": (value, "sbhd")} if value == "thd" else {}, _LATER)
-    return one_of(module, "qkv_format", value, FORMATS)
+def qkv_layout(module: str, value: str, name: str = "qkv_format") -> str:
+    """`value`, given as argument `name`, if it is a layout that attention takes, else an error."""
+    if value == "thd":
+        raise NotImplementedError(
+            f"{module}: {name}='thd' is {LATER}; pad the sequences and use 'sbhd' or 'bshd' with a padding mask"
+        )
+    return one_of(module, name, value, FORMATS)
 
 
 def mask_kind(module: str, name: str, value: str, window_size: Any = None, bottom_right_diagonal: bool | None = None) -> MaskKind:
@@ -28,9 +31,7 @@ def mask_kind(module: str, name: str, value: str, window_size: Any = None, botto
     kind = MASK_KINDS[one_of(module, name, value, MASK_KINDS)]
     full = (None, (-1, -1), (-1, 0)) if kind.causal else (None, (-1, -1))
     if (tuple(window_size) if window_size is not None else None) not in full:
-        raise NotImplementedError(
-            f"{module}: window_size={window_size!r} is not supported with {name}={value!r} (sliding windows are {_LATER}); leave it out"
-        )
+        raise NotImplementedError(f"{module}: window_size={window_size!r} with {name}={value!r} is {LATER}; leave it out")
     return kind if bottom_right_diagonal is None or not kind.causal else kind._replace(bottom_right=bottom_right_diagonal)
 
 
@@ -46,8 +47,8 @@ def gqa_groups(module: str, heads: int, groups: int | None) -> int:
     groups = heads if groups is None else positive_int(module, "num_gqa_groups", groups)
     if heads % groups:
         raise ValueError(
-            f"{module}: num_attention_heads={heads} must be a multiple of num_gqa_groups={groups}, as each group of K and V heads serves "
-            "equally many query heads"
+            f"{module}: num_attention_heads={heads} must be a multiple of num_gqa_groups={groups}, as each K/V head serves equally "
+            "many query heads"
         )
     return groups
 
@@ -57,9 +58,10 @@ class DotProductAttention(torch.nn.Module):
 
     kv_channels: head dim of Q and K and of V, or a pair (Q and K, V). num_gqa_groups: heads of K and V, each serving
     num_attention_heads / num_gqa_groups query heads. qkv_format: "sbhd" or "bshd". attn_mask_type: no_mask, causal,
-    causal_bottom_right, padding, padding_causal, padding_causal_bottom_right, arbitrary. softmax_scale: 1 / sqrt(head dim) unless given.
-    get_rng_state_tracker: a callable whose result's fork() is entered around attention. Sizes that do not divide and unknown names raise
-    ValueError; what is not built yet NotImplementedError. `explain` says which backend runs; OVERDRIVE_ATTENTION forces one.
+    causal_bottom_right, padding, padding_causal, padding_causal_bottom_right, arbitrary. softmax_scale: 1 / sqrt(head dim) unless
+    given. get_rng_state_tracker: a callable whose result's fork() is entered around attention. Sizes that do not divide and unknown
+    names raise ValueError; what is not built yet NotImplementedError. `explain` says which backend runs; OVERDRIVE_ATTENTION forces
+    one of cudnn, flash, efficient, flash-attn-4, cpu, math.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class DotProductAttention(torch.nn.Module):
         refuse(self._label, {"cp_comm_type": (cp_comm_type, "p2p")})
         self.attention_type = one_of(self._label, "attention_type", attention_type, ("self", "cross"))
         softmax = {"softmax_type": (softmax_type, "vanilla"), "return_max_logit": (return_max_logit, False)}
-        refuse(self._label, {"attention_type": (attention_type, "self"), **softmax}, _LATER)
+        refuse(self._label, {"attention_type": (attention_type, "self"), **softmax}, LATER)
         self.num_attention_heads = positive_int(self._label, "num_attention_heads", num_attention_heads)
         self.num_gqa_groups = gqa_groups(self._label, num_attention_heads, num_gqa_groups)
         self.head_dims = kv_channels if isinstance(kv_channels, tuple) else (kv_channels, kv_channels)
@@ -150,9 +152,9 @@ class DotProductAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Q [S, B, H, D], K [T, B, G, D], V [T, B, G, E] -> [S, B, H * E]; with "bshd" B and S change places, in and out.
 
-        attention_mask: bool, True = masked out; [B, 1, 1, S] with padding masks, [B or 1, H or 1, S or 1, T] with arbitrary; not read
-        with the others. A query that is padding, or may attend to nothing, gives zeros. checkpoint_core_attention: keep Q, K and V only
-        and attend again in backward. ValueError or TypeError for shapes, dtypes, devices that do not fit.
+        attention_mask: bool, True = masked out; [B, 1, 1, S] with padding masks, [B or 1, H or 1, S or 1, T] with arbitrary; not
+        read with the others. A query that is padding, or may attend to nothing, gives zeros. checkpoint_core_attention: keep only
+        Q, K and V, and attend again in backward. ValueError or TypeError for shapes, dtypes, devices that do not fit.
         """
         refuse(
             self._label,
@@ -171,7 +173,7 @@ class DotProductAttention(torch.nn.Module):
                 "fp8_output": (fp8_output, False),
                 "num_splits": (num_splits, 1),
             },
-            _LATER,
+            LATER,
         )
         layout = self.qkv_format if qkv_format is None else qkv_layout(self._label, qkv_format)
         kind = self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
@@ -179,7 +181,7 @@ class DotProductAttention(torch.nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         arguments = (query_layer, key_layer, value_layer, attention_mask, kind, layout == "bshd", dropout, self.softmax_scale)
         with contextlib.nullcontext() if self._rng_fork is None else self._rng_fork():
-            if checkpoint_core_attention:
+            if checkpoint_core_attention and torch.is_grad_enabled():
                 return checkpoint(dot_product_attention, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
             return dot_product_attention(*arguments)
 
@@ -206,8 +208,8 @@ class DotProductAttention(torch.nn.Module):
         for name, x, count, width in named:
             if x.dim() != 4 or x.shape[2] != count or x.shape[3] != width:
                 raise ValueError(
-                    f"{self._label}: {name} must be [{', '.join(layout[:2])}, {count} heads, {width} channels] (layout {layout!r}), "
-                    f"got {list(x.shape)}"
+                    f"{self._label}: {name} must be [{', '.join(layout[:2])}, {count} heads, {width} channels], as qkv_format is "
+                    f"{layout!r}; got {list(x.shape)}"
                 )
             if x.dtype != query.dtype or x.device != query.device:
                 raise TypeError(
@@ -216,8 +218,8 @@ class DotProductAttention(torch.nn.Module):
                 )
         if key.shape[:2] != value.shape[:2] or key.shape[batch_dim] != query.shape[batch_dim]:
             raise ValueError(
-                f"{self._label}: query_layer, key_layer and value_layer must agree in batch size, key_layer and value_layer in sequence "
-                f"length too (layout {layout!r}), got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+                f"{self._label}: query_layer, key_layer and value_layer must agree in batch size, the latter two also in sequence "
+                f"length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}; qkv_format is {layout!r}"
             )
         if kind.takes_mask:
             check_mask(kind, mask, query.shape[batch_dim], heads, query.shape[sequence_dim], key.shape[sequence_dim])

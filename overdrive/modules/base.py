@@ -284,7 +284,14 @@ class Module(nn.Module):
         return Scales(context.snapshots[device], self._slots)  # pyright: ignore[reportArgumentType]
 
     def _gemm_options(
-        self, index: int, rules: Rules | None, dtype: torch.dtype, parameters: Parameters, input_grad: bool, training: bool, first: bool | None
+        self,
+        index: int,
+        rules: Rules | None,
+        dtype: torch.dtype,
+        parameters: Parameters,
+        input_grad: bool,
+        training: bool,
+        first: bool | None,
     ) -> GemmOptions:
         """Options of GEMM number `index`. input_grad: whether a gradient must leave it through its input."""
         weight_grad = training and any(weight.requires_grad for weight in parameters.weights)

@@ -61,10 +61,14 @@ def split_sizes(module: str, split: Any, rows: int) -> dict[str, int] | None:
     else:
         names = [str(name).rstrip("_") for name in split]
         if rows % max(len(names), 1):
-            raise ValueError(f"{module}: parameters_split of {len(names)} names does not divide out_features={rows}; give a dict of sizes")
+            raise ValueError(
+                f"{module}: parameters_split of {len(names)} names does not divide out_features={rows}; give a dict of sizes"
+            )
         sizes = dict.fromkeys(names, rows // len(names))
     if len(sizes) != len(split) or sum(sizes.values()) != rows or any(size < 1 for size in sizes.values()):
-        raise ValueError(f"{module}: parameters_split must give distinct names and sizes >= 1 that add up to out_features={rows}, got {split!r}")
+        raise ValueError(
+            f"{module}: parameters_split must give distinct names and sizes >= 1 that add up to out_features={rows}, got {split!r}"
+        )
     return sizes
 
 

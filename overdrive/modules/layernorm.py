@@ -16,7 +16,9 @@ from overdrive.modules.checks import default_device, epsilon, mark_sequence_para
 def sm_margins(module: str, sm_margin: int | dict[str, int]) -> dict[str, int]:
     """sm_margin as one number each for "forward", "backward" and "inference"."""
     names = ("forward", "backward", "inference")
-    margins = {name: sm_margin for name in names} if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
+    margins = (
+        {name: sm_margin for name in names} if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
+    )
     for name, margin in margins.items():
         if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
             raise ValueError(f"{module}: sm_margin must be an int >= 0, or a dict of them; got {margin!r} for {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,9 +150,7 @@ class LayerNormLinear(Module):
             scales = self._scales(context)
             input_grad = inp.requires_grad or gamma.requires_grad or (beta is not None and beta.requires_grad)
             gemm = self._gemm_options(0, rules, dtype, parameters, input_grad, training, is_first_microbatch)
-            cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
-            if cached is not None:
-                parameters = replace(parameters, cached=cached)
+            parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
             options = LayerNormLinearOptions(self._norm, gemm, self.return_layernorm_output, residual)
             out, *rest = layernorm_linear(inp, gamma, beta, parameters, scales, options)
         outputs = [out]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,15 +148,13 @@ class LayerNormMLP(Module):
             return torch_checkpoint(self._forward, inp, first, front, residual, dtype, use_reentrant=False)
         return self._forward(inp, first, front, residual, dtype)
 
-    def _forward(
-        self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool, dtype: torch.dtype
-    ) -> Any:
+    def _forward(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool, dtype: torch.dtype) -> Any:
         context, training = current_call()
         with without_autocast(inp.device):
             fc1, fc2 = self._parameters_of(0, True, dtype), self._parameters_of(1, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             if front is not None and front.residual.dtype != dtype:
-                front = replace(front, residual=front.residual.to(dtype))
+                front.residual = front.residual.to(dtype)
             gamma, beta = cast_norm_parameters(self)
             rules = self._rules(context, inp.numel() // self.hidden_size, self.hidden_size, self.ffn_hidden_size)
             scales = self._scales(context)
@@ -166,8 +163,8 @@ class LayerNormMLP(Module):
             options1 = self._gemm_options(0, rules, dtype, fc1, into_norm, training, first)
             into_fc1 = options1.input_grad or options1.weight_grad or options1.bias_grad
             options2 = self._gemm_options(1, rules, dtype, fc2, into_fc1, training, first)
-            fc1 = replace(fc1, cached=self._cached_weight(0, fc1, options1, scales, first))
-            fc2 = replace(fc2, cached=self._cached_weight(1, fc2, options2, scales, first))
+            fc1.cached = self._cached_weight(0, fc1, options1, scales, first)
+            fc2.cached = self._cached_weight(1, fc2, options2, scales, first)
             options = LayerNormMLPOptions(
                 self._norm,
                 self._activation,

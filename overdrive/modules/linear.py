@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,9 +115,7 @@ class Linear(Module):
             rules = self._rules(context, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
             gemm = self._gemm_options(0, rules, dtype, parameters, inp.requires_grad, training, is_first_microbatch)
-            cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
-            if cached is not None:
-                parameters = replace(parameters, cached=cached)
+            parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
             out = linear(inp, parameters, scales, LinearOptions(gemm, training, self.save_original_input, fp8_output))
         return (out, self._whole_bias(0, dtype)) if self.return_bias else out
 

@@ -114,7 +114,7 @@ def saturating_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def scale_from_amax(amax: torch.Tensor, dtype: torch.dtype, power_of_2: bool) -> torch.Tensor:
     """FP8_MAX / amax, finite; 1 where amax is 0, inf or NaN; rounded down to a power of two if asked."""
-    scale = (FP8_MAX[dtype] / amax).clamp(max=_FP32_MAX)
+    scale = (torch.full_like(amax, FP8_MAX[dtype]) / amax).clamp(max=_FP32_MAX)  # number / tensor would round twice
     if power_of_2:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
@@ -125,7 +125,7 @@ def _quantize_blocks(x: torch.Tensor, mode: int, q: Quantization) -> tuple[torch
     height = 1 if mode == Mode.BLOCK_1D else BLOCK
     tiles = F.pad(x, (0, -cols % BLOCK, 0, -rows % height)).view(-(-rows // height), height, blocks(cols), BLOCK)
     scale = scale_from_amax(tiles.abs().amax((1, 3)), q.dtype, q.power_of_2)
-    data = saturating_cast(tiles * scale[:, None, :, None], q.dtype).view(-1, blocks(cols) * BLOCK)[:rows, :cols]
+    data = saturating_cast(tiles * scale[:, None, :, None], q.dtype).flatten(2).flatten(0, 1)[:rows, :cols]
     scale_inv = new_block_scales(x, mode, rows, cols).fill_(1)
     scale_inv[:, : scale.shape[1]] = 1 / scale
     return data.contiguous(), scale_inv
@@ -139,7 +139,7 @@ def quantize_value(x: torch.Tensor, q: Quantization) -> Quantized:
     x = x.float()
     none, no_scale = x.new_empty(0, dtype=q.dtype), x.new_empty(0)
     amax = x.abs().amax() if x.numel() else x.new_zeros(())
-    x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0]))
+    x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0])).contiguous()
     if q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D):
         data, scale_inv = _quantize_blocks(x, q.mode, q) if q.row else (none, no_scale)
         data_t, scale_inv_t = _quantize_blocks(x.t(), q.mode, q) if q.col else (none.clone(), no_scale.clone())

@@ -26,7 +26,9 @@ def checkpoint(
         if value is not None:
             raise NotImplementedError(f"checkpoint: {name}={value!r} is not supported (parallelism is not built yet); leave it out")
     if get_rng_state_tracker is not None:
-        raise NotImplementedError("checkpoint: get_rng_state_tracker is not supported yet; torch's own generators are restored without it")
+        raise NotImplementedError(
+            "checkpoint: get_rng_state_tracker is not supported yet; torch's own generators are restored without it"
+        )
     if use_reentrant and kwargs:
         return torch_checkpoint(lambda *inputs: function(*inputs, **kwargs), *args, use_reentrant=True)
     return torch_checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)

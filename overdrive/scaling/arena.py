@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 
 from overdrive.ops.scaling import SLOTS_PER_GEMM, UNTOUCHED, Arena, arena, tenant_id
-
-__all__ = ["SLOTS", "SlotRange", "rules_tenant", "with_index"]
+from overdrive.recipe import DelayedScaling
 
 
 def with_index(device: torch.device) -> torch.device:
@@ -116,6 +116,7 @@ class SlotRange:
 
 
 @torch.compiler.assume_constant_result
-def rules_tenant(recipe, group) -> int:
-    """Number of a recipe and process group, the same for equal ones; a constant to compiled code."""
-    return tenant_id(recipe, group)
+def tenant_of(group: Any, *fields: Any) -> int:
+    """Number of DelayedScaling(*fields) and a process group, the same for equal ones. A constant to compiled code, whose tracer
+    takes constants only as arguments: hence fields, not a recipe."""
+    return tenant_id(DelayedScaling(*fields), group)

@@ -12,12 +12,12 @@ import torch
 from overdrive.ops.scaling import begin_step
 from overdrive.recipe import DelayedScaling, Recipe
 from overdrive.scaling import recompute
-from overdrive.scaling.arena import SLOTS, rules_tenant
+from overdrive.scaling.arena import SLOTS, tenant_of
 from overdrive.scaling.quantizers import Rules, rules_for
 from overdrive.scaling.support import usable
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What an autocast asks of the layers inside.
 
@@ -71,7 +71,8 @@ def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group:
             raise NotImplementedError(f"autocast: {type(recipe).__name__} cannot run here: {reason}")
     if not isinstance(recipe, DelayedScaling):
         return Context(rules_for(recipe, -1)) if enabled else OFF  # only delayed scaling has anything to calibrate
-    tenant = rules_tenant(recipe, group)
+    length, compute_amax, compute_scale = recipe.amax_history_len, recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
+    tenant = tenant_of(group, recipe.margin, recipe.fp8_format, length, compute_amax, compute_scale, recipe.reduce_amax)
     if outer.tenant == tenant and outer.snapshots is not None:
         snapshots = outer.snapshots  # a nested autocast continues the step of its equal
     else:

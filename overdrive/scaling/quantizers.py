@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class Scales(NamedTuple):
     slots: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quantizer:
     """How one tensor is quantized. slot counts within the module; tenant < 0 records no amax."""
 
@@ -31,6 +31,10 @@ class Quantizer:
     slot: int
     tenant: int = -1
     power_of_2: bool = False
+
+    def at(self, slot: int, tenant: int) -> Quantizer:
+        """The same for another slot."""
+        return Quantizer(self.mode, self.dtype, slot, tenant, self.power_of_2)
 
     def arguments(self, scales: Scales, row: bool, col: bool) -> Quantization:
         """The tail of an op's arguments."""
@@ -58,7 +62,7 @@ class Quantizer:
         return quantized, column_sum if bias_grad else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rules:
     """How the GEMMs of a module run under one recipe. The quantizers are those of its first GEMM; `at` gives another's.
 
@@ -76,16 +80,14 @@ class Rules:
     def at(self, gemm: int, record: bool = True) -> Rules:
         """The rules of GEMM number `gemm`; record=False leaves the forward amaxes alone (they were recorded before)."""
 
-        def moved(q: Quantizer, recorded: bool = True) -> Quantizer:
-            return replace(q, slot=q.slot + gemm * SLOTS_PER_GEMM, tenant=q.tenant if recorded else -1)
-
-        return replace(
-            self,
-            input=moved(self.input, record),
-            weight=moved(self.weight, record),
-            output=moved(self.output, record),
-            grad_output=moved(self.grad_output),
-            grad_input=moved(self.grad_input),
+        first = gemm * SLOTS_PER_GEMM
+        forward = (self.input, self.weight, self.output)
+        return Rules(
+            self.recipe,
+            self.quantizes,
+            *(q.at(first + q.slot, q.tenant if record else -1) for q in forward),
+            self.grad_output.at(first + self.grad_output.slot, self.grad_output.tenant),
+            self.grad_input.at(first + self.grad_input.slot, self.grad_input.tenant),
         )
 
 

@@ -11,7 +11,7 @@ from overdrive.ops.gemm import dequantize
 from overdrive.ops.quantize import Mode
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuantizedTensor:
     """FP8 values of a matrix in one or both layouts, with reciprocal scales (ops.quantize.Quantized has their shapes).
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from overdrive.ops.quantize import Mode, Quantization, Quantized
+from overdrive.ops.quantize import Mode, Quantization, Quantized, quantize
 from tests.numerics import E4M3, E5M2, assert_same_bits, bits
 
 FP8 = (E4M3, E5M2)
@@ -112,14 +112,19 @@ def tail(
     return Quantization(mode, dtype, scales, slots, slot=1, row=row, col=col)
 
 
+def quantized(x: torch.Tensor, mode: Mode, dtype: torch.dtype, **options: Any) -> Quantized:
+    """x quantized by the op; options as `tail` has them."""
+    return Quantized(*quantize(x, False, *tail(mode, dtype, str(x.device), **options))[:4])
+
+
 def on_cpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies of the arguments for the reference."""
     return tuple(arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def assert_quantized_alike(actual: Quantized, expected: Quantized, what: str = "") -> None:
-    """Equal bits on the CPU. On a GPU the values before quantization may differ in their last bit: then a few bytes may differ, each
-    by one FP8 step or by nothing next to the largest value, and scales by a few 1e-6."""
+    """Equal bits on the CPU. On a GPU the values before quantization may differ in their last bit: then a few bytes may differ,
+    each by one FP8 step or by nothing next to the largest value, and scales by a few 1e-6."""
     if actual.data.device.type == "cpu":
         for name in Quantized._fields:
             assert_same_bits(getattr(actual, name), getattr(expected, name), f"{what} {name}")

@@ -14,7 +14,7 @@ from overdrive.ops.quantize import Mode, Quantization, Quantized, quantize
 from overdrive.ops.scaling import UNTOUCHED, arena, tenant_id
 from overdrive.recipe import DelayedScaling
 from tests.numerics import E4M3, LAYOUTS, assert_close, assert_same_bits, bits, draw, layout
-from tests.ops.quantized import FP8, GRIDS, MODES, PER_TENSOR, assert_by_hand, encode, tail
+from tests.ops.quantized import FP8, GRIDS, MODES, PER_TENSOR, assert_by_hand, encode, quantized, tail
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, -1e-38, 65504.0, 3e38, 448.0, 464.0, 57344.0, 2.0**-9, 2.0**-17)
@@ -96,7 +96,7 @@ def test_rounding_of_every_byte_and_midpoint(dtype, device):
 
 @pytest.mark.parametrize("mode", PER_TENSOR)
 def test_transposed_copy_is_the_transpose(mode, device):
-    out = Quantized(*quantize(draw(300, 1040, device=device), False, *tail(mode, E4M3, device, scale=50.0))[:4])
+    out = quantized(draw(300, 1040, device=device), mode, E4M3, scale=50.0)
     assert_same_bits(out.data_t, out.data.t())
 
 
@@ -153,8 +153,7 @@ def test_more_than_2_to_the_31_elements(mode, device):
     rows, cols = 2**17 + 16, 2**14
     x = torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
     x[-128:] = draw(128, cols, dtype=torch.bfloat16, device=device)
-    out = Quantized(*quantize(x, False, *tail(mode, E4M3, device, scale=50.0))[:4])
-    part = Quantized(*quantize(x[-16:], False, *tail(mode, E4M3, device, scale=50.0))[:4])
+    out, part = (quantized(value, mode, E4M3, scale=50.0) for value in (x, x[-16:]))
     assert_same_bits(out.data[-16:], part.data)
     if mode == Mode.DELAYED:
         assert_same_bits(out.data_t[:, -16:], part.data_t)

@@ -1,0 +1,146 @@
+"""ops.gemm against float64 products of the very operands it gets."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from overdrive.ops.gemm import dequantize, gemm
+from overdrive.ops.quantize import Mode
+from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw, layout
+from tests.ops.quantized import MODES, quantized
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = (Mode.PLAIN, Mode.PLAIN, False)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = a.cpu().double() @ b.cpu().double().t()
+    return out if bias is None else out + bias.cpu().double()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16, 32), (7, 33, 5), (129, 48, 200), (300, 96, 1024)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain(dtype, shape, with_bias, device):
+    m, n, k = shape
+    a, b = draw(m, k, dtype=dtype, device=device), draw(n, k, dtype=dtype, device=device)
+    bias = draw(n, dtype=dtype, device=device) if with_bias else None
+    out = gemm(a, b, None, None, bias, dtype, *PLAIN)
+    assert out.dtype == dtype
+    assert_close(out, product(a, b, bias), dtype)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_with_f32_output(dtype, with_bias, device):
+    """As main_grad takes it: f32 sums of low-precision operands."""
+    a, b = draw(40, 64, dtype=dtype, device=device), draw(24, 64, dtype=dtype, device=device)
+    bias = draw(24, dtype=dtype, device=device) if with_bias else None
+    out = gemm(a, b, None, None, bias, torch.float32, *PLAIN)
+    assert out.dtype == torch.float32
+    assert_close(out, product(a, b, bias), torch.float32)
+
+
+@pytest.mark.parametrize(("kind_a", "kind_b"), [*itertools.product(LAYOUTS, repeat=2)])
+def test_plain_with_any_strides(kind_a, kind_b, device):
+    a, b = draw(33, 40, device=device, kind=kind_a), draw(24, 40, device=device, kind=kind_b)
+    assert_close(gemm(a, b, None, None, None, torch.float32, *PLAIN), product(a, b), torch.float32)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "shape"), [*itertools.product([Mode.PLAIN, Mode.CURRENT], [(0, 16, 32), (16, 0, 32), (16, 32, 0)])]
+)
+def test_empty(mode, shape, with_bias, device):
+    """No rows, no columns; an empty contraction gives the bias."""
+    m, n, k = shape
+    dtype = torch.bfloat16 if mode == Mode.PLAIN else E4M3
+    one = None if mode == Mode.PLAIN else torch.ones(1, device=device)
+    a, b = (torch.empty(size, k, device=device).to(dtype) for size in (m, n))
+    bias = draw(n, dtype=torch.bfloat16, device=device) if with_bias else None
+    out = gemm(a, b, one, one, bias, torch.bfloat16, mode, mode, False)
+    assert_same_bits(out, torch.zeros(m, n, dtype=torch.bfloat16) if bias is None else bias.expand(m, n))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(16, 128), (48, 200), (304, 640)])
+def test_dequantize(mode, shape, device):
+    """Data times its scales is the value, up to FP8's rounding, in either layout."""
+    x = draw(*shape, device=device)
+    out = quantized(x, mode, E4M3, scale=100.0)
+    values = dequantize(out.data, out.scale_inv, mode)
+    assert_close(values, x.double().cpu(), E4M3)
+    scale_inv_t = out.scale_inv_t if out.scale_inv_t.numel() else out.scale_inv
+    assert_close(dequantize(out.data_t, scale_inv_t, mode), x.t().double().cpu(), E4M3)
+
+
+PAIRS = [
+    (Mode.DELAYED, Mode.DELAYED),
+    (Mode.CURRENT, Mode.CURRENT),
+    (Mode.BLOCK_1D, Mode.BLOCK_2D),
+    (Mode.BLOCK_1D, Mode.BLOCK_1D),
+    (Mode.BLOCK_2D, Mode.BLOCK_1D),
+]
+
+
+def operand(x: torch.Tensor, mode: Mode, dtype: torch.dtype = E4M3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(data, scale_inv, its float64 values)."""
+    out = quantized(x, mode, dtype, scale=11.0, col=False)
+    return out.data, out.scale_inv, dequantize(out.data.cpu(), out.scale_inv.cpu(), mode).double()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16, 128), (48, 96, 512), (304, 144, 640)])
+@pytest.mark.parametrize(("mode_a", "mode_b"), PAIRS)
+def test_fp8(mode_a, mode_b, shape, dtype, with_bias, fast, device):
+    m, n, k = shape
+    a, scale_a, a64 = operand(draw(m, k, device=device), mode_a)
+    b, scale_b, b64 = operand(draw(n, k, device=device), mode_b)
+    bias = draw(n, dtype=dtype, device=device) if with_bias else None
+    out = gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast)
+    assert out.dtype == dtype
+    # tensor cores sum FP8 products with fewer bits than f32 has
+    assert_close(out, product(a64, b64, bias), torch.float16 if device == "cuda" and dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("dtypes", [(E5M2, E4M3), (E4M3, E5M2)])
+@pytest.mark.parametrize("k", [16, 48, 208])
+def test_fp8_formats_mix_and_contractions_are_multiples_of_16(dtypes, k, device):
+    a, scale_a, a64 = operand(draw(32, k, device=device), Mode.CURRENT, dtypes[0])
+    b, scale_b, b64 = operand(draw(64, k, device=device), Mode.CURRENT, dtypes[1])
+    out = gemm(a, b, scale_a, scale_b, None, torch.bfloat16, Mode.CURRENT, Mode.CURRENT, False)
+    assert_close(out, product(a64, b64), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("mode_a", "mode_b"), PAIRS[2:])
+@pytest.mark.parametrize("k", [16, 144, 1040])
+def test_block_contractions_that_end_within_a_block(mode_a, mode_b, k, device):
+    a, scale_a, a64 = operand(draw(32, k, device=device), mode_a)
+    b, scale_b, b64 = operand(draw(64, k, device=device), mode_b)
+    assert_close(gemm(a, b, scale_a, scale_b, None, torch.bfloat16, mode_a, mode_b, False), product(a64, b64), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("mode_a", "mode_b"), PAIRS[2:])
+def test_every_scale_counts(mode_a, mode_b, device):
+    """A scale that the product reads from the wrong place shows: each block has its own magnitude."""
+    x = draw(304, 640, device=device)
+    magnitude = 4.0 ** torch.randint(0, 6, (3, 5))
+    x = x * magnitude.repeat_interleave(128, 0)[:304].repeat_interleave(128, 1).to(device)
+    a, scale_a, a64 = operand(x, mode_a)
+    b, scale_b, b64 = operand(x, mode_b)
+    out = gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False).cpu().double()
+    sizes = a64.norm(dim=1)[:, None] * b64.norm(dim=1)  # each row by itself, or the largest would hide the others
+    torch.testing.assert_close(out / sizes, a64 @ b64.t() / sizes, rtol=0, atol=1e-3)
+
+
+def test_layout_helper_keeps_values(device):
+    x = draw(5, 6, device=device)
+    for kind in LAYOUTS:
+        expected = x[:1].expand_as(x) if kind == "expanded" else x
+        assert_same_bits(layout(x, kind), expected)
+        assert layout(x, kind).is_contiguous() == (kind in ("contiguous", "offset"))
