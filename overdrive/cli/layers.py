@@ -103,7 +103,6 @@ def transformer_layer(size: Size, dropout: float, causal: bool) -> te.Transforme
         hidden_dropout=dropout,
         attention_dropout=dropout,
         self_attn_mask_type="causal" if causal else "no_mask",
-        fuse_qkv_params=True,  # one QKV weight, as in the plain layer: the two can share it
     )
 
 

@@ -30,15 +30,15 @@ class ActivationOptions:
 def activate(h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, scales: Scales) -> Operand:
     """The activation of h [T, F or 2F] as the input [T, F] of `gemm`, quantized by the same kernel where that runs in FP8."""
     rules = gemm.rules
-    fused = rules is not None and rules.quantizes
-    tail = rules.input.arguments(scales, True, gemm.weight_grad) if fused else Quantization(Mode.PLAIN, h.dtype)
-    outputs = activation(h, options.name, options.limit, options.alpha, *tail)
-    if fused:
-        shape = (h.shape[0], h.shape[1] // 2 if options.gated else h.shape[1])
-        return rules.input.wrap(Quantized(*outputs), shape, h.dtype, True, gemm.weight_grad)
-    if rules is not None:
-        calibrate(outputs[0], rules.input, scales)
-    return outputs[0]
+    arguments = (h, options.name, options.limit, options.alpha)
+    if rules is None or not rules.quantizes:
+        y = activation(*arguments, *Quantization(Mode.PLAIN, h.dtype))[0]
+        if rules is not None:
+            calibrate(y, rules.input, scales)
+        return y
+    outputs = activation(*arguments, *rules.input.arguments(scales, True, gemm.weight_grad))
+    shape = (h.shape[0], h.shape[1] // 2 if options.gated else h.shape[1])
+    return rules.input.wrap(Quantized(*outputs), shape, h.dtype, True, gemm.weight_grad)
 
 
 def activation_gradient(
@@ -46,12 +46,11 @@ def activation_gradient(
 ) -> tuple[Operand, torch.Tensor | None]:
     """(gradient of h as the backward products of `gemm`, which made h, read it; its bias gradient)."""
     rules = gemm.rules
-    fused = rules is not None and rules.quantizes
-    row, col = gemm.input_grad, gemm.weight_grad
-    tail = rules.grad_output.arguments(scales, row, col) if fused else Quantization(Mode.PLAIN, h.dtype)
-    *outputs, dbias = activation_backward(dy, h, options.name, options.limit, options.alpha, gemm.bias_grad, *tail)
-    if fused:
-        dh = rules.grad_output.wrap(Quantized(*outputs), (h.shape[0], h.shape[1]), h.dtype, row, col)
+    arguments = (dy, h, options.name, options.limit, options.alpha, gemm.bias_grad)
+    if rules is None or not rules.quantizes:
+        dh, *_, dbias = activation_backward(*arguments, *Quantization(Mode.PLAIN, h.dtype))
     else:
-        dh = outputs[0]
+        row, col = gemm.input_grad, gemm.weight_grad
+        *outputs, dbias = activation_backward(*arguments, *rules.grad_output.arguments(scales, row, col))
+        dh = rules.grad_output.wrap(Quantized(*outputs), (h.shape[0], h.shape[1]), h.dtype, row, col)
     return dh, dbias if gemm.bias_grad else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,8 @@ from overdrive.scaling.tensor import pack, unpack
 
 @dataclass
 class LayerNormLinearOptions:
-    """return_norm: also return the norm's output. return_residual: also return x, whose gradient then joins inside norm backward."""
+    """return_norm: also return the norm's output. return_residual: also return x, whose gradient then joins inside norm
+    backward."""
 
     norm: NormOptions
     gemm: GemmOptions
@@ -41,7 +42,7 @@ class _LayerNormLinear(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         rules = None if options.return_norm else opts.rules
         norm_op, mean, rstd = normalize(x_TK, gamma, beta, options.norm, rules, scales, opts.weight_grad)
-        norm_out = norm_op
+        norm_out = norm_op  # a plain tensor where it is returned
         if options.return_norm:
             norm_op = input_operand(norm_op, opts, scales)
         w_op = weight_operand(weight, opts, scales, cached)
@@ -52,7 +53,7 @@ class _LayerNormLinear(torch.autograd.Function):
         ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
         outputs = [y_TN.view(*x.shape[:-1], y_TN.shape[1])]
         if options.return_norm:
-            outputs.append(norm_out.view(x.shape))
+            outputs.append(cast(torch.Tensor, norm_out).view(x.shape))
         if options.return_residual:
             outputs.append(x.view_as(x))
         return tuple(outputs)

@@ -6,7 +6,7 @@ Shapes: x [T, K] tokens by hidden, h [T, F or 2F] before the activation, a [T, F
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -69,7 +69,7 @@ class _LayerNormMLP(torch.autograd.Function):
             x_TK, norm_op, mean, rstd = residual_normalize(*front, gamma, beta, options.norm, rules, scales, fc1.weight_grad)
         else:
             norm_op, mean, rstd = normalize(x_TK, gamma, beta, options.norm, rules, scales, fc1.weight_grad)
-        norm_out = norm_op
+        norm_out = norm_op  # a plain tensor where it is returned
         if options.return_norm:
             norm_op = input_operand(norm_op, fc1, scales)
         w1_op = weight_operand(weight1, fc1, scales, cached1)
@@ -88,7 +88,7 @@ class _LayerNormMLP(torch.autograd.Function):
         ctx.options, ctx.shape, ctx.count = options, shape, len(parameters)
         outputs = [y_TK.view(*shape[:-1], y_TK.shape[1])]
         if options.return_norm:
-            outputs.append(norm_out.view(shape))
+            outputs.append(cast(torch.Tensor, norm_out).view(shape))
         if options.return_residual:
             outputs.append(x_TK.view(shape) if options.add_residual else x.view_as(x))
         return tuple(outputs)

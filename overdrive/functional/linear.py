@@ -26,9 +26,8 @@ from overdrive.scaling.tensor import Operand, QuantizedTensor, pack, unpack
 class Parameters:
     """A weight [N, K] and bias [N], in one parameter each or in several.
 
-    Where there are several, they are views of `fused_weight` and `fused_bias`, which the products read; gradients go to the parts. No
-    biases: none is added. cached: the weight as quantized for an earlier microbatch.
-    """
+    Where there are several, they are views of `fused_weight` and `fused_bias`, which the products read; gradients go to the
+    parts. No biases: none is added. cached: the weight as quantized for an earlier microbatch."""
 
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor, ...]

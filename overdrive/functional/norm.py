@@ -61,8 +61,9 @@ def residual_normalize(
 
 
 def _tail(x: torch.Tensor, options: NormOptions, rules: Rules | None, scales: Scales, col: bool) -> tuple[Any, ...]:
-    fused = rules is not None and rules.quantizes
-    quantization = rules.input.arguments(scales, True, col) if fused else Quantization(Mode.PLAIN, x.dtype)
+    quantization = Quantization(Mode.PLAIN, x.dtype)
+    if rules is not None and rules.quantizes:
+        quantization = rules.input.arguments(scales, True, col)
     return (options.eps, options.zero_centered, options.rms, options.forward_sm_margin, *quantization)
 
 
@@ -115,5 +116,6 @@ def layer_norm(
     scales: Scales = Scales(),
     training: bool = False,
 ) -> torch.Tensor:
-    """Norm of x [..., K] over its last dimension; a Float8Tensor where `rules` are given, with the copy backward needs if training."""
+    """Norm of x [..., K] over its last dimension; a Float8Tensor where `rules` are given, with the copy backward needs if
+    training."""
     return _Norm.apply(x, gamma, beta, scales.snapshot, scales.slots, rules, training, options)

@@ -15,7 +15,7 @@ from overdrive.modules.checks import InitMethod
 from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.quantize import PAD
 from overdrive.scaling.arena import SlotRange, with_index
-from overdrive.scaling.autocast import Context, current_context
+from overdrive.scaling.autocast import Context
 from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
 from overdrive.scaling.tensor import QuantizedTensor
 
@@ -133,7 +133,8 @@ class Module(nn.Module):
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's. A whole `weight` or `bias` given to a layer with split ones replaces the parts, and is shared, not copied."""
+        """As nn.Module's. A whole `weight` or `bias` given to a layer with split ones replaces the parts, and is shared, not
+        copied."""
         if param is not None and name in ("weight", "bias"):
             self._accept_whole(name)
         super().register_parameter(name, param)
@@ -149,13 +150,13 @@ class Module(nn.Module):
             self._fuse()
         weights = tuple(getattr(self, name) for name in linear.weights)
         biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
-        fused = [self._fused.get(name) for name in linear.fused] if linear.split else [None, None]
+        fused_weight, fused_bias = (self._fused.get(name) for name in linear.fused) if linear.split else (None, None)
         if not biases:
-            fused[1] = None
+            fused_bias = None
         if dtype is not None and weights[0].dtype != dtype:  # torch.autocast: autograd casts the gradients back
             weights, biases = tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
-            fused = [None if tensor is None else tensor.to(dtype) for tensor in fused]
-        return Parameters(weights, biases, *fused)
+            fused_weight, fused_bias = (None if t is None else t.to(dtype) for t in (fused_weight, fused_bias))
+        return Parameters(weights, biases, fused_weight, fused_bias)
 
     def _whole_bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The bias as one tensor that gradients flow through, None without bias."""
@@ -192,16 +193,25 @@ class Module(nn.Module):
         if state is not None:
             destination[prefix + "_extra_state"] = state
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *messages: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
         state = state_dict.pop(prefix + "_extra_state", None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._weight_cache.clear()
         self._fuse()
         if isinstance(state, torch.Tensor) and state.dtype == torch.float32 and self._slot_range is not None:
             try:
                 self._slot_range.restore(state, self._device)
             except ValueError as error:
-                messages[2].append(f"{prefix}_extra_state: {error}")
+                error_msgs.append(f"{prefix}_extra_state: {error}")
         elif state is not None and not (isinstance(state, torch.Tensor) and state.numel() == 0):
             warnings.warn(
                 f"{prefix}_extra_state is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and "
@@ -320,11 +330,6 @@ class Module(nn.Module):
     def backward_dw(self) -> None:
         """Compute the weight gradients that `delay_wgrad_compute=True` put off; call it after backward."""
         self._weight_grads.run()
-
-
-def current_call() -> tuple[Context, bool]:
-    """(context, training) of the call being made."""
-    return current_context()
 
 
 def mark_parallel(parameter: torch.Tensor, dim: int) -> None:

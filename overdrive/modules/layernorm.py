@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from overdrive.functional.norm import NormOptions, layer_norm
-from overdrive.modules.base import Module, current_call, without_autocast
+from overdrive.modules.base import Module, without_autocast
 from overdrive.modules.checks import default_device, epsilon, mark_sequence_parallel, positive_int, refuse
+from overdrive.scaling.autocast import current_context
 
 
 def sm_margins(module: str, sm_margin: int | dict[str, int]) -> dict[str, int]:
     """sm_margin as one number each for "forward", "backward" and "inference"."""
     names = ("forward", "backward", "inference")
-    margins = (
-        {name: sm_margin for name in names} if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
-    )
+    margins = dict.fromkeys(names, sm_margin) if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
     for name, margin in margins.items():
         if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
             raise ValueError(f"{module}: sm_margin must be an int >= 0, or a dict of them; got {margin!r} for {name}")
@@ -87,7 +85,7 @@ class _NormModule(Module):
             raise ValueError(f"{self._label}: inp must end in {list(self.normalized_shape)}, got shape {list(inp.shape)}")
         flat = inp if len(self.normalized_shape) == 1 else inp.reshape(*lead, size)
         dtype = self._check_input(flat, size, self.weight, "normalized_shape")
-        context, training = current_call()
+        context, training = current_context()
         margin = self._margins["forward" if training else "inference"]
         options = NormOptions(self.eps, self.zero_centered_gamma, self._rms, margin, self._margins["backward"])
         with without_autocast(inp.device):

@@ -9,7 +9,7 @@ from torch import nn
 
 from overdrive.functional.layernorm_linear import LayerNormLinearOptions, layernorm_linear
 from overdrive.functional.norm import NormOptions
-from overdrive.modules.base import Module, current_call, without_autocast
+from overdrive.modules.base import Module, without_autocast
 from overdrive.modules.checks import (
     NORMALIZATIONS,
     PARALLEL_MODES,
@@ -25,6 +25,7 @@ from overdrive.modules.checks import (
     split_sizes,
 )
 from overdrive.modules.weight_grad import WeightGradStore
+from overdrive.scaling.autocast import current_context
 
 
 def add_norm_parameters(
@@ -39,19 +40,16 @@ def add_norm_parameters(
             mark_sequence_parallel(parameter)
 
 
-def cast_norm_parameters(module: Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(gain, bias) of a module's norm; the kernels read them in any dtype."""
-    return module.layer_norm_weight, module.layer_norm_bias  # pyright: ignore[reportReturnType]
-
-
 class LayerNormLinear(Module):
     """y = norm(x) W^T + b, in FP8 inside an `autocast`.
 
-    Parameters: layer_norm_weight [in_features], layer_norm_bias (LayerNorm only), and weight and bias as in `Linear`, parameters_split
-    too. normalization: "LayerNorm" or "RMSNorm". zero_centered_gamma: the gain is 1 + layer_norm_weight. return_layernorm_output: also
-    return the norm's output, after the bias if that is returned too. Other arguments as in `Linear`. parallel_mode="row" and
-    arguments of parallelism raise NotImplementedError.
-    """
+    Parameters: layer_norm_weight [in_features], layer_norm_bias (LayerNorm only), and weight and bias as in `Linear`,
+    parameters_split too. normalization: "LayerNorm" or "RMSNorm". zero_centered_gamma: the gain is 1 + layer_norm_weight.
+    return_layernorm_output: also return the norm's output, after the bias if that is returned too. Other arguments as in
+    `Linear`. parallel_mode="row" and arguments of parallelism raise NotImplementedError."""
+
+    layer_norm_weight: torch.nn.Parameter
+    layer_norm_bias: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -136,16 +134,17 @@ class LayerNormLinear(Module):
         return self._forward(inp, is_first_microbatch, residual=False)
 
     def forward_with_residual(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> tuple[Any, torch.Tensor]:
-        """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward kernel."""
+        """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward
+        kernel."""
         return self._forward(inp, is_first_microbatch, residual=True)
 
     def _forward(self, inp: torch.Tensor, is_first_microbatch: bool | None, residual: bool) -> Any:
         dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
-        context, training = current_call()
+        context, training = current_context()
         with without_autocast(inp.device):
             parameters = self._parameters_of(0, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
-            gamma, beta = cast_norm_parameters(self)
+            gamma, beta = self.layer_norm_weight, self.layer_norm_bias
             rules = self._rules(context, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
             input_grad = inp.requires_grad or gamma.requires_grad or (beta is not None and beta.requires_grad)
@@ -153,7 +152,7 @@ class LayerNormLinear(Module):
             parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
             options = LayerNormLinearOptions(self._norm, gemm, self.return_layernorm_output, residual)
             out, *rest = layernorm_linear(inp, gamma, beta, parameters, scales, options)
-        outputs = [out]
+        outputs: list[torch.Tensor | None] = [out]
         if self.return_bias:
             outputs.append(self._whole_bias(0, dtype))
         if self.return_layernorm_output:

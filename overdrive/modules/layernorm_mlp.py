@@ -11,7 +11,7 @@ from overdrive.functional.activation import ActivationOptions
 from overdrive.functional.layernorm_mlp import LayerNormMLPOptions, Residual, layernorm_mlp
 from overdrive.functional.norm import NormOptions
 from overdrive.functional.residual import dropout_seed
-from overdrive.modules.base import Module, current_call, without_autocast
+from overdrive.modules.base import Module, without_autocast
 from overdrive.modules.checks import (
     NORMALIZATIONS,
     InitMethod,
@@ -22,9 +22,10 @@ from overdrive.modules.checks import (
     positive_int,
     refuse_parallelism,
 )
-from overdrive.modules.layernorm_linear import add_norm_parameters, cast_norm_parameters
+from overdrive.modules.layernorm_linear import add_norm_parameters
 from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.activation import ACTIVATIONS
+from overdrive.scaling.autocast import current_context
 
 _ACTIVATION_PARAMS = ("limit", "alpha")
 
@@ -45,12 +46,16 @@ def activation_options(module: str, activation: str, params: dict[str, float] | 
 class LayerNormMLP(Module):
     """y = act(norm(x) W1^T + b1) W2^T + b2, in FP8 inside an `autocast`.
 
-    Parameters: layer_norm_weight and (LayerNorm only) layer_norm_bias [hidden]; fc1_weight [ffn, hidden], twice the rows for gated
-    activations, the activated half first; fc1_bias; fc2_weight [hidden, ffn]; fc2_bias. init_method serves fc1, output_layer_init_method
-    fc2, N(0, 0.023) by default. activation: a key of ops.activation.ACTIVATIONS; activation_params: {"limit", "alpha"} of
-    clamped_swiglu. return_bias: return (y without fc2's bias, that bias). checkpoint: keep only x and recompute the rest in backward.
-    seq_length, micro_batch_size: accepted, not needed. Arguments of parallelism raise NotImplementedError unless at their defaults.
-    """
+    Parameters: layer_norm_weight and (LayerNorm only) layer_norm_bias [hidden]; fc1_weight [ffn, hidden], twice the rows for
+    gated activations, the activated half first; fc1_bias; fc2_weight [hidden, ffn]; fc2_bias. init_method serves fc1,
+    output_layer_init_method fc2, N(0, 0.023) by default. activation: a key of ops.activation.ACTIVATIONS; activation_params:
+    {"limit", "alpha"} of clamped_swiglu. return_bias: return (y without fc2's bias, that bias). checkpoint: keep only x and
+    recompute the rest in backward. seq_length, micro_batch_size: accepted, not needed. Arguments of parallelism raise
+    NotImplementedError unless at their defaults."""
+
+    layer_norm_weight: torch.nn.Parameter
+    layer_norm_bias: torch.nn.Parameter | None
+    fc1_weight: torch.nn.Parameter
 
     def __init__(
         self,
@@ -127,7 +132,8 @@ class LayerNormMLP(Module):
         return self._run(inp, is_first_microbatch, None, False)
 
     def forward_with_residual(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> tuple[Any, torch.Tensor]:
-        """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward kernel."""
+        """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward
+        kernel."""
         return self._run(inp, is_first_microbatch, None, True)
 
     def forward_fused_residual(
@@ -143,19 +149,19 @@ class LayerNormMLP(Module):
         return self._run(x, is_first_microbatch, Residual(residual, bias, p_dropout if seed is not None else 0.0, seed), True)
 
     def _run(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool) -> Any:
-        dtype = self._check_input(inp, self.hidden_size, self.fc1_weight, "hidden_size")  # pyright: ignore[reportArgumentType]
+        dtype = self._check_input(inp, self.hidden_size, self.fc1_weight, "hidden_size")
         if self.checkpoint and torch.is_grad_enabled():
             return torch_checkpoint(self._forward, inp, first, front, residual, dtype, use_reentrant=False)
         return self._forward(inp, first, front, residual, dtype)
 
     def _forward(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool, dtype: torch.dtype) -> Any:
-        context, training = current_call()
+        context, training = current_context()
         with without_autocast(inp.device):
             fc1, fc2 = self._parameters_of(0, True, dtype), self._parameters_of(1, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             if front is not None and front.residual.dtype != dtype:
                 front.residual = front.residual.to(dtype)
-            gamma, beta = cast_norm_parameters(self)
+            gamma, beta = self.layer_norm_weight, self.layer_norm_bias
             rules = self._rules(context, inp.numel() // self.hidden_size, self.hidden_size, self.ffn_hidden_size)
             scales = self._scales(context)
             leaves = (inp, gamma, beta, *(() if front is None else (front.residual, front.bias)))
@@ -178,7 +184,7 @@ class LayerNormMLP(Module):
                 front is not None and front.bias is not None and front.bias.requires_grad,
             )
             out, *rest = layernorm_mlp(inp, gamma, beta, fc1, fc2, scales, options, front)
-        outputs = [out]
+        outputs: list[torch.Tensor | None] = [out]
         if self.return_bias:
             outputs.append(self._whole_bias(1, dtype))
         if self.return_layernorm_output:

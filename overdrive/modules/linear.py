@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from overdrive.functional.linear import LinearOptions, linear
-from overdrive.modules.base import Module, current_call, without_autocast
+from overdrive.modules.base import Module, without_autocast
 from overdrive.modules.checks import (
     PARALLEL_MODES,
     InitMethod,
@@ -20,17 +20,18 @@ from overdrive.modules.checks import (
     split_sizes,
 )
 from overdrive.modules.weight_grad import WeightGradStore
+from overdrive.scaling.autocast import current_context
 
 
 class Linear(Module):
     """y = x W^T + b, in FP8 inside an `autocast`.
 
-    Parameters: weight [out_features, in_features] ~ init_method (N(0, 0.023)), bias [out_features] zero; with `parameters_split` (names
-    for equal parts, or a dict of name -> rows) `<name>_weight` and `<name>_bias` instead. return_bias: return (y without bias, bias).
-    fuse_wgrad_accumulation: add weight gradients into `weight.main_grad`. delay_wgrad_compute: compute them in `backward_dw()`.
-    save_original_input: keep the input itself for backward, for when something else keeps it too. device: the GPU where there is one,
-    else the CPU. Arguments of parallelism raise NotImplementedError unless at their defaults; unknown modes, bad sizes ValueError.
-    """
+    Parameters: weight [out_features, in_features] ~ init_method (N(0, 0.023)), bias [out_features] zero; with
+    `parameters_split` (names for equal parts, or a dict of name -> rows) `<name>_weight` and `<name>_bias` instead.
+    return_bias: return (y without bias, bias). fuse_wgrad_accumulation: add weight gradients into `weight.main_grad`.
+    delay_wgrad_compute: compute them in `backward_dw()`. save_original_input: keep the input itself for backward, for when
+    something else keeps it too. device: the GPU where there is one, else the CPU. Arguments of parallelism raise
+    NotImplementedError unless at their defaults; unknown modes, bad sizes ValueError."""
 
     def __init__(
         self,
@@ -103,12 +104,12 @@ class Linear(Module):
     ) -> Any:
         """inp [..., in_features] -> out [..., out_features], or (out, bias) with return_bias.
 
-        is_first_microbatch: None quantizes the weight at each call, True also keeps it, False uses the kept one. fp8_output: return a
-        Float8Tensor when running in FP8. ValueError for a wrong last dimension or device, TypeError for a wrong dtype.
-        """
+        is_first_microbatch: None quantizes the weight at each call, True also keeps it, False uses the kept one. fp8_output:
+        return a Float8Tensor when running in FP8. ValueError for a wrong last dimension or device, TypeError for a wrong
+        dtype."""
         refuse(self._label, {"fp8_grad": (fp8_grad, False)}, "gradients between layers stay in high precision")
         dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
-        context, training = current_call()
+        context, training = current_context()
         with without_autocast(inp.device):
             parameters = self._parameters_of(0, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)

@@ -200,6 +200,13 @@ class TransformerLayer(torch.nn.Module):
 
         attention_mask is read with padding and arbitrary masks, see DotProductAttention.forward; is_first_microbatch: see Linear's.
         """
+        decoder = {
+            "enc_dec_attn_mask": (enc_dec_attn_mask, None),
+            "enc_dec_attn_mask_type": (enc_dec_attn_mask_type, None),
+            "enc_dec_window_size": (enc_dec_window_size, None),
+            "enc_dec_bottom_right_diagonal": (enc_dec_bottom_right_diagonal, None),
+        }
+        refuse(self._label, decoder, f"cross attention is {LATER}")
         attended, residual = with_residual(
             self.self_attention,
             hidden_states,

@@ -119,8 +119,9 @@ activation_backward = define(
     reference=_activation_backward,
     kernel=("activation", "activation_backward"),
     fake=lambda dy, x, name, limit, alpha, bias_grad, *tail: (
-        *new_quantized(x, *x.shape, Quantization(*tail)),
+        *new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)),
         x.new_empty(x.shape[1] if bias_grad else 0),
     ),
 )
-"""dy [T, F], x as in the forward -> (*Quantized dx, bias_grad): dx has x's shape, bias_grad is dx summed over T in f32, in x's dtype."""
+"""dy [T, F], x as in the forward -> (*Quantized dx, bias_grad): dx has x's shape, bias_grad is dx summed over T in f32, in
+x's dtype."""

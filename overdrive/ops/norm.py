@@ -38,7 +38,7 @@ def _norm(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[to
 
 def _norm_fake(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor, ...]:
     stats = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    return (*new_quantized(x, *x.shape, Quantization(*tail)), *stats)
+    return (*new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)), *stats)
 
 
 norm = define(
@@ -61,7 +61,7 @@ def _norm_backward(dy, x, gamma, mean, rstd, dresidual, zero_centered, rms, sm_m
     if dresidual is not None:
         dx = dx + dresidual.float()
     dbeta = empty_like_none(gamma) if rms else dy32.sum(0).to(gamma.dtype)
-    return dx.to(x.dtype), (dy32 * x_hat).sum(0).to(gamma.dtype), dbeta
+    return dx.to(x.dtype).contiguous(), (dy32 * x_hat).sum(0).to(gamma.dtype), dbeta
 
 
 norm_backward = define(
@@ -75,4 +75,5 @@ norm_backward = define(
         gamma.new_empty(0 if rms else gamma.shape),
     ),
 )
-"""(dx, dgamma, dbeta). dresidual [T, K], the gradient that reaches x around the norm, is added to dx. An RMSNorm's dbeta is empty."""
+"""(dx, dgamma, dbeta). dresidual [T, K], the gradient that reaches x around the norm, is added to dx. An RMSNorm's dbeta is
+empty."""

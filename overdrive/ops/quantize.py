@@ -41,10 +41,9 @@ QUANTIZATION = (
 )
 """Schema tail of every op whose output may be quantized.
 
-mode: a Mode. dtype: FP8 dtype (PLAIN: output dtype). scales: f32 [capacity] snapshot from begin_step; slots: i32, this layer's indices
-into it; slot: which of them (DELAYED only). tenant: record the amax for it, none if < 0. power_of_2: round scales down to 2**n.
-row, col: whether [T, K] and the transposed copy are wanted.
-"""
+mode: a Mode. dtype: FP8 dtype (PLAIN: output dtype). scales: f32 [capacity] snapshot from begin_step; slots: i32, this
+layer's indices into it; slot: which of them (DELAYED only). tenant: record the amax for it, none if < 0. power_of_2: round
+scales down to 2**n. row, col: whether [T, K] and the transposed copy are wanted. """
 
 
 class Quantization(NamedTuple):
@@ -64,10 +63,9 @@ class Quantization(NamedTuple):
 class Quantized(NamedTuple):
     """What ops with a QUANTIZATION tail return; what was not asked for is empty.
 
-    data [Tp, K], data_t [K, Tp]: FP8, contiguous (PLAIN: data [T, K] in `dtype`, nothing else).
-    scale_inv, scale_inv_t: f32 reciprocal scales. Per tensor: [1], serving both. BLOCK_1D: [Tp, K/128] and [K, Tp/128], rows fastest.
-    BLOCK_2D: [Tp/128, K/128] and [K/128, Tp/128], each row padded to a multiple of 4 blocks, as cuBLAS reads them.
-    """
+    data [Tp, K], data_t [K, Tp]: FP8, contiguous (PLAIN: data [T, K] in `dtype`, nothing else). scale_inv, scale_inv_t: f32
+    reciprocal scales. Per tensor: [1], serving both. BLOCK_1D: [Tp, K/128] and [K, Tp/128], rows fastest. BLOCK_2D: [Tp/128,
+    K/128] and [K/128, Tp/128], each row padded to a multiple of 4 blocks, as cuBLAS reads them."""
 
     data: torch.Tensor
     data_t: torch.Tensor
@@ -94,9 +92,9 @@ def new_block_scales(like: torch.Tensor, mode: int, rows: int, cols: int) -> tor
 
 def new_quantized(like: torch.Tensor, rows: int, cols: int, q: Quantization) -> Quantized:
     """Uninitialised outputs on `like`'s device: what fakes return and kernels fill."""
-    none = empty_like_none(like)
     if q.mode == Mode.PLAIN:
-        return Quantized(like.new_empty((rows, cols), dtype=q.dtype), none, none.clone(), none.clone())
+        none, no_scale = like.new_empty(0, dtype=q.dtype), like.new_empty(0, dtype=torch.float32)
+        return Quantized(like.new_empty((rows, cols), dtype=q.dtype), none, no_scale, no_scale.clone())
     rows = padded(rows)
     data = like.new_empty((rows, cols) if q.row else 0, dtype=q.dtype)
     data_t = like.new_empty((cols, rows) if q.col else 0, dtype=q.dtype)
@@ -133,11 +131,10 @@ def _quantize_blocks(x: torch.Tensor, mode: int, q: Quantization) -> tuple[torch
 
 def quantize_value(x: torch.Tensor, q: Quantization) -> Quantized:
     """Reference: quantize a [T, K] value, f32 arithmetic. Other ops hand the value they computed here."""
+    none, no_scale = x.new_empty(0, dtype=q.dtype), x.new_empty(0, dtype=torch.float32)
     if q.mode == Mode.PLAIN:
-        none = empty_like_none(x)
-        return Quantized(x.to(q.dtype, copy=True).contiguous(), none, none.clone(), none.clone())
+        return Quantized(x.to(q.dtype, copy=True).contiguous(), none, no_scale, no_scale.clone())
     x = x.float()
-    none, no_scale = x.new_empty(0, dtype=q.dtype), x.new_empty(0)
     amax = x.abs().amax() if x.numel() else x.new_zeros(())
     x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0])).contiguous()
     if q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D):
@@ -163,7 +160,7 @@ def _quantize(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor, ..
 
 
 def _quantize_fake(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor, ...]:
-    return (*new_quantized(x, *x.shape, Quantization(*tail)), x.new_empty(x.shape[1] if bias_grad else 0))
+    return (*new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)), x.new_empty(x.shape[1] if bias_grad else 0))
 
 
 quantize = define(

@@ -1,8 +1,8 @@
 """Residual add with bias and dropout, alone or with the norm that follows.
 
-Shapes: x, residual, out [T, K]; bias [K]. out = residual + dropout(x + bias), f32 inside. The dropout mask is a hash of the element's
-index and a seed, so backward recomputes it and nothing is stored; CPU and GPU draw the same mask from the same seed.
-"""
+Shapes: x, residual, out [T, K]; bias [K]. out = residual + dropout(x + bias), f32 inside. The dropout mask is a hash of the
+element's index and a seed, so backward recomputes it and nothing is stored; CPU and GPU draw the same mask from the same
+seed."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def dropout_scale(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.T
 def _residual(x, bias, residual, p, seed) -> torch.Tensor:
     value = x.float() if bias is None else x.float() + bias.float()
     if p > 0:
-        value = value * dropout_scale(*x.shape, p, seed)
-    return (residual.float() + value).to(residual.dtype)
+        value = value * dropout_scale(x.shape[0], x.shape[1], p, seed)
+    return (residual.float() + value).to(residual.dtype).contiguous()
 
 
 residual_add = define(
@@ -47,8 +47,8 @@ residual_add = define(
 
 
 def _residual_backward(dout, p, seed, bias_grad) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = dout.float() * dropout_scale(*dout.shape, p, seed) if p > 0 else dout.float()
-    return dx.to(dout.dtype, copy=True), dx.sum(0).to(dout.dtype) if bias_grad else empty_like_none(dout)
+    dx = dout.float() * dropout_scale(dout.shape[0], dout.shape[1], p, seed) if p > 0 else dout.float()
+    return dx.to(dout.dtype, copy=True).contiguous(), dx.sum(0).to(dout.dtype) if bias_grad else empty_like_none(dout)
 
 
 residual_backward = define(
@@ -75,7 +75,7 @@ residual_norm = define(
     kernel=("residual", "residual_norm"),
     fake=lambda x, bias, residual, p, seed, gamma, beta, eps, zero_centered, rms, sm_margin, *tail: (
         residual.new_empty(residual.shape),
-        *new_quantized(residual, *residual.shape, Quantization(*tail)),
+        *new_quantized(residual, residual.shape[0], residual.shape[1], Quantization(*tail)),
         *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
     ),
 )

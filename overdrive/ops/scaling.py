@@ -141,7 +141,7 @@ def _begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tens
     state.counter.add_(1)
     if tenant >= 0:
         state.roll(tenant)
-    return state.scale.clone()
+    return state.scale[:capacity].clone()
 
 
 begin_step = define(

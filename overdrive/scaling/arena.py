@@ -78,7 +78,8 @@ class SlotRange:
         return torch.arange(self.start, self.start + self.size, dtype=torch.int32, device=device)
 
     def export(self, device: torch.device) -> torch.Tensor | None:
-        """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was recorded."""
+        """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was
+        recorded."""
         state = SLOTS.arenas.get(with_index(device))
         if state is None or self.start >= state.capacity:
             return None

@@ -21,9 +21,8 @@ from overdrive.scaling.support import usable
 class Context:
     """What an autocast asks of the layers inside.
 
-    rules: how to quantize, None for high precision. tenant: delayed scaling's number of the recipe and group. snapshots: this step's
-    scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already.
-    """
+    rules: how to quantize, None for high precision. tenant: delayed scaling's number of the recipe and group. snapshots: this
+    step's scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already."""
 
     rules: Rules | None = None
     tenant: int = -1
@@ -105,10 +104,10 @@ def autocast(
 ) -> Iterator[None]:
     """Run the overdrive layers inside in FP8, forward and (wherever it is called) backward.
 
-    enabled: False runs them in high precision, also inside an enabled autocast. calibrating: record the amaxes that delayed scaling
-    needs although FP8 is off. recipe: None means DelayedScaling(). amax_reduction_group: process group over which
-    delayed scaling takes the maximum of amaxes (every rank must enter the autocast). _graph: accepted for compatibility; CUDA graphs
-    need no flag here.
+    enabled: False runs them in high precision, also inside an enabled autocast. calibrating: record the amaxes that delayed
+    scaling needs although FP8 is off. recipe: None means DelayedScaling(). amax_reduction_group: process group over which
+    delayed scaling takes the maximum of amaxes (every rank must enter the autocast). _graph: accepted for compatibility; CUDA
+    graphs need no flag here.
 
     Entering the outermost autocast with gradients enabled ends delayed scaling's previous step. Raises TypeError for a recipe
     that is none, NotImplementedError for one that is not built or cannot run on this machine.

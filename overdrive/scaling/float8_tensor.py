@@ -1,10 +1,12 @@
-"""`Float8Tensor`: a quantized activation as users see it, a tensor that autograd follows and the next Linear does not quantize again."""
+"""`Float8Tensor`: a quantized activation as users see it, a tensor that autograd follows and the next Linear does not
+quantize again."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from overdrive.ops.quantize import Mode
 from overdrive.scaling.tensor import QuantizedTensor
@@ -17,9 +19,8 @@ _NEW_SHAPE = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, 
 class Float8Tensor(torch.Tensor):
     """An FP8 tensor that looks like one of its nominal dtype (bf16, say).
 
-    Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first. Saving it with
-    torch.save stores the plain tensor of its values, so files hold no code of ours.
-    """
+    Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first.
+    Saving it with torch.save stores the plain tensor of its values, so files hold no code of ours."""
 
     @staticmethod
     def __new__(
@@ -56,8 +57,9 @@ class Float8Tensor(torch.Tensor):
         return values if dtype is None else values.to(dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        fp8 = (self._data if hasattr(self, "_data") else self._data_t).dtype
-        return f"Float8Tensor(shape={list(self.shape)}, dtype={self.dtype}, fp8_dtype={fp8}, scaling={self._mode.name.lower()}, data={self.dequantize()})"
+        fp8 = getattr(self, f"_{self._inner_names[0]}").dtype
+        about = f"shape={list(self.shape)}, dtype={self.dtype}, fp8_dtype={fp8}, scaling={self._mode.name.lower()}"
+        return f"Float8Tensor({about}, data={self.dequantize()})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantize().detach().__reduce_ex__(protocol)
@@ -82,5 +84,5 @@ class Float8Tensor(torch.Tensor):
         def plain(value: Any) -> Any:
             return value.dequantize() if isinstance(value, Float8Tensor) else value
 
-        args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs or {}))
+        args, kwargs = tree_map(plain, (args, kwargs or {}))
         return func(*args, **kwargs)

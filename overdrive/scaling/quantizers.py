@@ -16,7 +16,8 @@ _BLOCK = {1: Mode.BLOCK_1D, 2: Mode.BLOCK_2D}
 
 
 class Scales(NamedTuple):
-    """Where delayed scaling finds its scales: the step's snapshot f32 [capacity] and the module's slots i32. None for other recipes."""
+    """Where delayed scaling finds its scales: the step's snapshot f32 [capacity] and the module's slots i32. None for other
+    recipes."""
 
     snapshot: torch.Tensor | None = None
     slots: torch.Tensor | None = None
@@ -81,11 +82,13 @@ class Rules:
         """The rules of GEMM number `gemm`; record=False leaves the forward amaxes alone (they were recorded before)."""
 
         first = gemm * SLOTS_PER_GEMM
-        forward = (self.input, self.weight, self.output)
+        forward = self.input.tenant if record else -1
         return Rules(
             self.recipe,
             self.quantizes,
-            *(q.at(first + q.slot, q.tenant if record else -1) for q in forward),
+            self.input.at(first + self.input.slot, forward),
+            self.weight.at(first + self.weight.slot, forward),
+            self.output.at(first + self.output.slot, forward),
             self.grad_output.at(first + self.grad_output.slot, self.grad_output.tenant),
             self.grad_input.at(first + self.grad_input.slot, self.grad_input.tenant),
         )
@@ -93,7 +96,9 @@ class Rules:
 
 def rules_for(recipe: Recipe, tenant: int, quantizes: bool = True) -> Rules:
     """The rules of a recipe; tenant as `arena.rules_tenant` numbers it (delayed scaling only)."""
-    fwd, bwd = recipe.fp8_format.value.fwd, recipe.fp8_format.value.bwd
+    fwd, bwd = recipe.fp8_format.fwd, recipe.fp8_format.bwd
+    assert fwd is not None
+    assert bwd is not None
     if isinstance(recipe, DelayedScaling):
         kinds = [(Mode.DELAYED, False)] * 5
     elif isinstance(recipe, Float8CurrentScaling):

@@ -1,9 +1,8 @@
 """Activation checkpointing: recomputation must see the recipe and the scales of the forward it repeats.
 
-torch.utils.checkpoint runs a function twice, the second time inside backward, when the autocast has long ended or begun a new step. Both
-runs share one object: the frame that its saved-tensor hooks close over (use_reentrant=False) or the autograd node (True). What
-the first run used is kept on that object, so it lives exactly as long as it may be needed.
-"""
+torch.utils.checkpoint runs a function twice, the second time inside backward, when the autocast has long ended or begun a new
+step. Both runs share one object: the frame that its saved-tensor hooks close over (use_reentrant=False) or the autograd node
+(True). What the first run used is kept on that object, so it lives exactly as long as it may be needed."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def _closed_over(function: Callable[..., Any], name: str) -> Any:
 
 def _carrier(recomputing: bool) -> Any:
     """The object that both runs of the innermost checkpoint share, None outside of checkpoints."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is not None:
         reference = _closed_over(hooks[0], "target_frame_ref")
         frame = reference() if reference is not None else _closed_over(hooks[0], "frame")

@@ -15,9 +15,8 @@ from overdrive.ops.quantize import Mode
 class QuantizedTensor:
     """FP8 values of a matrix in one or both layouts, with reciprocal scales (ops.quantize.Quantized has their shapes).
 
-    data [Tp, K] serves products that contract over K, data_t [K, Tp] those over T. shape is the unpadded (T, K), dtype what the values
-    stand for. `.t()` swaps the layouts, as a plain tensor's does, so a GEMM is written once for both.
-    """
+    data [Tp, K] serves products that contract over K, data_t [K, Tp] those over T. shape is the unpadded (T, K), dtype what
+    the values stand for. `.t()` swaps the layouts, as a plain tensor's does, so a GEMM is written once for both."""
 
     data: torch.Tensor | None
     data_t: torch.Tensor | None
@@ -29,7 +28,9 @@ class QuantizedTensor:
 
     def t(self) -> QuantizedTensor:
         """The transpose."""
-        return QuantizedTensor(self.data_t, self.data, self.scale_inv_t, self.scale_inv, self.mode, self.shape[::-1], self.dtype)
+        return QuantizedTensor(
+            self.data_t, self.data, self.scale_inv_t, self.scale_inv, self.mode, (self.shape[1], self.shape[0]), self.dtype
+        )
 
     def only_transposed(self) -> QuantizedTensor:
         """Without the row layout: what backward keeps."""

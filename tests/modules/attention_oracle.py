@@ -1,0 +1,98 @@
+"""Attention and Transformer layers in plain PyTorch and float64, written for the tests from the formulas alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def attend(q, k, v, hidden=None, scale=None) -> torch.Tensor:
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E], hidden True = masked out -> [B, H, S, E]; rows that see nothing are zero."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = q @ k.transpose(-1, -2) * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
+    if hidden is None:
+        return scores.softmax(-1) @ v
+    hidden = hidden.broadcast_to(scores.shape)
+    scores = scores.masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return scores @ v
+
+
+def hidden_by(mask_type: str, mask, queries: int, keys: int) -> torch.Tensor | None:
+    """What a mask type hides, [B or 1, 1, S, T]."""
+    row, col = torch.arange(queries)[:, None], torch.arange(keys)
+    hidden = torch.zeros(1, 1, queries, keys, dtype=torch.bool)
+    if "causal" in mask_type:
+        hidden = hidden | (col > row + (keys - queries if "bottom_right" in mask_type else 0))
+    if "padding" in mask_type:
+        query_mask, key_mask = mask if isinstance(mask, tuple) else (mask, mask)
+        hidden = hidden | key_mask | query_mask.transpose(2, 3)
+    return hidden | mask if mask_type == "arbitrary" else hidden
+
+
+def heads_first(x, layout: str) -> torch.Tensor:
+    """[S, B, H, D] or [B, S, H, D] -> [B, H, S, D]."""
+    return x.permute(1, 2, 0, 3) if layout == "sbhd" else x.transpose(1, 2)
+
+
+def heads_last(x, layout: str) -> torch.Tensor:
+    """[B, H, S, D] -> [S, B, H * D] or [B, S, H * D]."""
+    return (x.permute(2, 0, 1, 3) if layout == "sbhd" else x.transpose(1, 2)).flatten(2)
+
+
+def norm(x, weight, bias, eps=1e-5, zero_centered=False) -> torch.Tensor:
+    """LayerNorm, or RMSNorm where bias is None."""
+    gain = weight + 1 if zero_centered else weight
+    if bias is None:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain + bias
+
+
+def linear(x, p: dict, name: str) -> torch.Tensor:
+    """x W^T (+ b), with W and b concatenated from split ones where they are split."""
+    parts = [name + part for part in ("query_", "key_", "value_")] if name + "query_weight" in p else [name]
+    y = x @ torch.cat([p[part + "weight"] for part in parts]).t()
+    return y + torch.cat([p[part + "bias"] for part in parts]) if parts[0] + "bias" in p else y
+
+
+def qkv(y, heads: int, groups: int, dim: int, interleaved: bool) -> tuple[torch.Tensor, ...]:
+    """[.., .., features] -> q [.., .., H, D], k and v [.., .., G, D]."""
+    lead = y.shape[:2]
+    if interleaved:
+        y = y.reshape(*lead, groups, heads // groups + 2, dim)
+        return y[..., :-2, :].reshape(*lead, heads, dim), y[..., -2, :], y[..., -1, :]
+    q, k, v = y.tensor_split([heads * dim, (heads + groups) * dim], -1)
+    return q.reshape(*lead, heads, dim), k.reshape(*lead, groups, dim), v.reshape(*lead, groups, dim)
+
+
+def multihead(x, p: dict, heads: int, groups: int, dim: int, layout="sbhd", mask_type="causal", mask=None, interleaved=False):
+    """(attention output before proj's bias, proj's bias, norm output) of MultiheadAttention's parameters p."""
+    normed = x
+    if "layernorm_qkv.layer_norm_weight" in p:
+        normed = norm(x, p["layernorm_qkv.layer_norm_weight"], p.get("layernorm_qkv.layer_norm_bias"))
+    y = linear(normed, p, "layernorm_qkv." if normed is not x else "qkv.")
+    q, k, v = (heads_first(part, layout) for part in qkv(y, heads, groups, dim, interleaved))
+    out = attend(q, k, v, hidden_by(mask_type, mask, q.shape[2], k.shape[2]).to(x.device))
+    return heads_last(out, layout) @ p["proj.weight"].t(), p.get("proj.bias", 0.0), normed
+
+
+ACTIVATIONS = {
+    "gelu": lambda h: F.gelu(h, approximate="tanh"),
+    "swiglu": lambda h: F.silu(h.tensor_split(2, -1)[0]) * h.tensor_split(2, -1)[1],
+}
+
+
+def layer(x, p: dict, *, mode="", activation="gelu", **attention) -> torch.Tensor:
+    """TransformerLayer's forward in evaluation. mode: "", "post", "output" or "parallel", which norm and residual placement."""
+    mine = {name.removeprefix("self_attention."): value for name, value in p.items() if name.startswith("self_attention.")}
+    mlp = {name.removeprefix("layernorm_mlp."): value for name, value in p.items() if name.startswith("layernorm_mlp.")}
+    attended, bias, normed = multihead(x, mine, **attention)
+    hidden = (normed if mode == "post" else x) + attended + bias
+    source = x if mode == "parallel" else hidden
+    normed = norm(source, mlp["layer_norm_weight"], mlp.get("layer_norm_bias"))
+    out = linear(ACTIVATIONS[activation](linear(normed, mlp, "fc1_")), mlp, "fc2_")
+    out = (normed if mode == "post" else hidden) + out
+    return norm(out, p["layernorm.weight"], p.get("layernorm.bias")) if mode == "output" else out

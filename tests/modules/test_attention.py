@@ -1,0 +1,419 @@
+"""DotProductAttention: values and gradients against float64, masks, dropout, every usable backend, the choice, bad inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from overdrive.functional.attention import BACKENDS, Case, _chosen, attention_backends
+from overdrive.modules.attention import DotProductAttention
+from tests.modules import attention_oracle as oracle
+from tests.numerics import assert_close, relative_error
+
+MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal", "padding,causal", "arbitrary")
+USABLE = [name for name, (usable, _) in attention_backends().items() if usable]
+
+
+def draw(layout="sbhd", batch=2, queries=7, keys=None, heads=4, groups=None, dim=8, value_dim=None, dtype=torch.float32, device="cpu"):
+    """Q, K and V as a QKV product has them: slices of one tensor, which are not contiguous."""
+    keys, groups, value_dim = keys or queries, groups or heads, value_dim or dim
+    shapes = ((queries, heads, dim), (keys, groups, dim), (keys, groups, value_dim))
+    tensors = []
+    for length, count, width in shapes:
+        lead = (length, batch) if layout == "sbhd" else (batch, length)
+        wide = torch.randn(*lead, count * width + 16, dtype=dtype).to(device)
+        tensors.append(wide[..., :-16].unflatten(-1, (count, width)).detach().requires_grad_())
+    return tensors
+
+
+def mask_for(mask_type: str, batch: int, queries: int, keys: int):
+    if "padding" in mask_type:
+        lengths = torch.tensor([keys, keys // 2, 0] * batch)[:batch]
+        return (torch.arange(keys) >= lengths[:, None])[:, None, None]
+    if mask_type == "arbitrary":
+        mask = torch.rand(batch, 1, queries, keys) < 0.4
+        mask[0, 0, 1] = True  # a query that sees nothing
+        return mask
+    return None
+
+
+def check(layout, mask_type, dtype, device, depth=2, scale=None, **sizes):
+    """One forward and backward of DotProductAttention against the oracle's."""
+    q, k, v = draw(layout, dtype=dtype, device=device, **sizes)
+    batch_dim, sequence_dim = layout.index("b"), layout.index("s")
+    batch, queries, keys = q.shape[batch_dim], q.shape[sequence_dim], k.shape[sequence_dim]
+    mask = mask_for(mask_type, batch, queries, keys)
+    module = DotProductAttention(
+        q.shape[2], (q.shape[3], v.shape[3]), k.shape[2], qkv_format=layout, attn_mask_type=mask_type, softmax_scale=scale
+    )
+    out = module(q, k, v, None if mask is None else mask.to(device))
+    dout = torch.randn(out.shape, dtype=dtype).to(device)
+    out.backward(dout)
+
+    inputs = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    wide = oracle.attend(*(oracle.heads_first(x, layout) for x in inputs), oracle.hidden_by(mask_type, mask, queries, keys), scale)
+    expected = oracle.heads_last(wide, layout)
+    expected.backward(dout.cpu().double())
+    for what, actual, want in (("out", out, expected), *zip("qkv", (q.grad, k.grad, v.grad), (x.grad for x in inputs))):
+        assert_close(actual, want, dtype, what=what, depth=depth)
+    return out
+
+
+@pytest.mark.parametrize("mask_type", MASKS)
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+def test_masks(layout, mask_type, device):
+    check(layout, mask_type, torch.float32, device, batch=3)
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "padding", "arbitrary"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, mask_type, device):
+    check("sbhd", mask_type, dtype, device, queries=65, dim=64, heads=2, batch=3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("mask_type", ["causal", "padding_causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads(dtype, mask_type, groups, device):
+    check("bshd", mask_type, dtype, device, heads=4, groups=groups, dim=16, queries=17)
+
+
+@pytest.mark.parametrize("sizes", [{"queries": 1}, {"batch": 1}, {"dim": 5}, {"heads": 1, "dim": 3}, {"dim": 8, "value_dim": 16}, {"dim": 160}])
+def test_odd_shapes(sizes, device):
+    for layout in ("sbhd", "bshd"):
+        check(layout, "causal", torch.bfloat16, device, **sizes)
+
+
+@pytest.mark.parametrize("mask_type", ["no_mask", "causal", "causal_bottom_right", "arbitrary"])
+def test_more_keys_than_queries(mask_type, device):
+    check("bshd", mask_type, torch.float32, device, queries=5, keys=9)
+    check("sbhd", mask_type, torch.float32, device, queries=9, keys=5)  # bottom right: the first rows see nothing
+
+
+def test_scale(device):
+    check("sbhd", "no_mask", torch.float32, device, scale=0.7)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
+def test_no_tokens(shape, device):
+    q, k, v = (torch.randn(*shape, 4, 8, device=device, requires_grad=True) for _ in range(3))
+    out = DotProductAttention(4, 8)(q, k, v)
+    out.sum().backward()
+    assert out.shape == (*shape, 32)
+    assert q.grad.shape == q.shape
+
+
+def test_strides_that_kernels_refuse(device):
+    q, k, v = (torch.randn(2, 4, 8, 6, device=device).permute(3, 0, 1, 2) for _ in range(3))
+    expanded = torch.randn(1, 4, 8, device=device).expand(6, 2, 4, 8)
+    for tensors in ((q, k, v), (expanded,) * 3):
+        expected = oracle.attend(*(oracle.heads_first(x.double(), "sbhd") for x in tensors))
+        out = DotProductAttention(4, 8, attn_mask_type="no_mask")(*tensors)
+        assert_close(out, oracle.heads_last(expected, "sbhd").cpu(), torch.float32, depth=2)
+
+
+def test_output_is_a_view_of_what_the_kernel_wrote(device):
+    for layout in ("sbhd", "bshd"):
+        q, k, v = draw(layout, dim=64, queries=128, dtype=torch.bfloat16, device=device)
+        out = DotProductAttention(4, 64, qkv_format=layout)(q, k, v)
+        assert out.grad_fn is not None
+        if device == "cuda":
+            names = []
+            node = out.grad_fn
+            while node is not None and "Attention" not in node.name():
+                names.append(node.name())
+                node = node.next_functions[0][0]
+            assert not any("Clone" in name or "Copy" in name for name in names), names
+
+
+def test_padded_queries_give_zeros_and_pass_no_gradient(device):
+    q, k, v = draw("bshd", device=device)
+    mask = torch.zeros(2, 1, 1, 7, dtype=torch.bool, device=device)
+    mask[1, ..., 4:] = True
+    mask[0] = True
+    out = DotProductAttention(4, 8, qkv_format="bshd", attn_mask_type="padding")(q, k, v, mask)
+    out.sum().backward()
+    assert not out[1, 4:].any()
+    assert not out[0].any()
+    assert out[1, :4].all()
+    for grad in (q.grad, k.grad, v.grad):
+        assert grad.isfinite().all()
+        assert not grad[0].any()
+        assert not grad[1, 4:].any()
+
+
+def test_per_call_overrides(device):
+    q, k, v = draw("sbhd", device=device)
+    module = DotProductAttention(4, 8, attn_mask_type="causal")
+    expected = DotProductAttention(4, 8, attn_mask_type="no_mask", qkv_format="bshd")(q, k, v)
+    assert torch.equal(module(q, k, v, attn_mask_type="no_mask", qkv_format="bshd"), expected)
+    assert torch.equal(module(q, k, v, window_size=(-1, 0)), module(q, k, v))
+
+
+def test_pair_of_padding_masks(device):
+    q, k, v = draw("bshd", queries=5, keys=9, device=device)
+    masks = tuple(torch.rand(2, 1, 1, n) < 0.3 for n in (5, 9))
+    out = DotProductAttention(4, 8, qkv_format="bshd", attn_mask_type="padding")(q, k, v, tuple(m.to(device) for m in masks))
+    inputs = [oracle.heads_first(x.detach().cpu().double(), "bshd") for x in (q, k, v)]
+    expected = oracle.heads_last(oracle.attend(*inputs, oracle.hidden_by("padding", masks, 5, 9)), "bshd")
+    assert_close(out, expected, torch.float32, depth=2)
+
+
+def test_torch_autocast_decides_the_dtype(device):
+    q, k, v = draw(device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert DotProductAttention(4, 8)(q, k, v).dtype == torch.bfloat16
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------------
+
+
+def probabilities(p: float, device: str, seed: int, dtype=torch.bfloat16):
+    """(dropped probabilities [B, H, S, T] of uniform attention over 64 keys, V's gradient, the output's gradient)."""
+    q = torch.zeros(4, 64, 8, 64, dtype=dtype, device=device)
+    v = torch.eye(64, dtype=dtype, device=device)[None, :, None].expand(4, 64, 8, 64).clone().requires_grad_()
+    torch.manual_seed(seed)
+    out = DotProductAttention(8, 64, attention_dropout=p, qkv_format="bshd", attn_mask_type="no_mask")(q, q, v).unflatten(-1, (8, 64))
+    dout = torch.randn(out.shape, device=device, dtype=dtype)
+    out.backward(dout)
+    return out.transpose(1, 2), v.grad.transpose(1, 2), dout.transpose(1, 2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_dropout_statistics_and_gradient(p, device):
+    dropped, dv, dout = probabilities(p, device, 0)
+    share = (dropped == 0).double().mean().item()
+    assert abs(share - p) < 5e-3
+    kept = dropped[dropped != 0].double()
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (64 * (1 - p))), rtol=8e-3, atol=0)
+    assert relative_error(dv, dropped.double().transpose(-1, -2) @ dout.double()) < 1e-2
+
+
+def test_dropout_repeats_with_the_seed_and_only_then(device):
+    first, *_ = probabilities(0.25, device, 1)
+    assert torch.equal(first, probabilities(0.25, device, 1)[0])
+    assert not torch.equal(first, probabilities(0.25, device, 2)[0])
+
+
+def test_no_dropout_in_evaluation(device):
+    q, k, v = draw(device=device)
+    module = DotProductAttention(4, 8, attention_dropout=0.5)
+    assert not torch.equal(module(q, k, v), module(q, k, v))
+    module.eval()
+    assert torch.equal(module(q, k, v), DotProductAttention(4, 8)(q, k, v))
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "padding"])
+def test_checkpointed_core_attention_changes_no_bit(mask_type, device):
+    q, k, v = draw(device=device, dim=64)
+    mask = None if mask_type == "causal" else mask_for(mask_type, 2, 7, 7).to(device)
+    module = DotProductAttention(4, 64, attention_dropout=0.5, attn_mask_type=mask_type)
+    results = []
+    for keep in (False, True):
+        torch.manual_seed(3)
+        out = module(q, k, v, mask, checkpoint_core_attention=keep)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_rng_tracker_is_entered(device):
+    entered = []
+
+    class Tracker:
+        def fork(self):
+            entered.append(True)
+            return torch.random.fork_rng(devices=[])
+
+    q, k, v = draw(device=device)
+    DotProductAttention(4, 8, get_rng_state_tracker=Tracker)(q, k, v)
+    assert entered == [True]
+
+
+# --- backends -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_each_backend(name, device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", name)
+    backend = next(backend for backend in BACKENDS if backend.name == name)
+    dtype = torch.bfloat16
+    for mask_type in ("no_mask", "causal", *(("padding", "arbitrary") if "tensor" in backend.masks else ())):
+        for layout in ("sbhd", "bshd"):
+            for groups in (4, 2):
+                check(layout, mask_type, dtype, device, queries=130, dim=64, heads=4, groups=groups, batch=2)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_each_backend_drops(name, device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", name)
+    step = next(backend for backend in BACKENDS if backend.name == name).dropout_step
+    for p in (0.1, 0.25):
+        if step is None or (step and p % step):
+            with pytest.raises(ValueError, match=f"OVERDRIVE_ATTENTION={name} cannot run this attention: .*dropout"):
+                probabilities(p, device, 0)
+        else:
+            assert abs((probabilities(p, device, 0)[0] == 0).double().mean().item() - p) < 5e-3
+
+
+def test_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "fastest")
+    with pytest.raises(ValueError, match="OVERDRIVE_ATTENTION must be one of .*cudnn.*got 'fastest'"):
+        DotProductAttention(4, 8)(*draw())
+
+
+def test_forced_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
+    with pytest.raises(ValueError, match="OVERDRIVE_ATTENTION=flash-attn-4 cannot run this attention: runs on cuda only"):
+        DotProductAttention(4, 8)(*draw())
+
+
+def test_explanation_names_every_backend(device):
+    q, k, v = draw(device=device, dim=64, dtype=torch.bfloat16)
+    decision = DotProductAttention(4, 64).explain(q, k, v)
+    assert {decision.backend, *decision.passed_over} == {backend.name for backend in BACKENDS}
+    assert all(decision.passed_over.values())
+    assert str(decision).startswith(f"attention runs on {decision.backend}\n")
+    assert decision.backend in (("flash-attn-4", "cudnn", "flash") if device == "cuda" else ("cpu",))
+
+
+def test_forced_backend_is_explained(device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "math")
+    decision = DotProductAttention(4, 8).explain(*draw(device=device))
+    assert decision.backend == "math"
+    assert "OVERDRIVE_ATTENTION=math" in decision.passed_over["cpu" if device == "cpu" else "efficient"]
+
+
+def test_doctor_gets_a_reason_for_each_missing_backend():
+    for usable, reason in attention_backends().values():
+        assert usable == (reason == "")
+    assert attention_backends()["math"] == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "best"),
+    [
+        ({}, "cudnn"),
+        ({"dropout": 0.1}, "flash"),  # cuDNN would drop with probability 1/8
+        ({"dropout": 0.125}, "cudnn"),
+        ({"mask": "tensor"}, "cudnn"),
+        ({"mask": "tensor", "dropout": 0.1}, "efficient"),
+        ({"dtype": torch.float32}, "efficient"),
+        ({"head_dim": 512, "value_dim": 512}, "efficient"),
+        ({"dtype": torch.float64}, "math"),
+        ({"device": "cpu"}, "cpu"),
+        ({"device": "cpu", "dropout": 0.1}, "math"),
+    ],
+)
+def test_preferences_on_hopper(change, best, monkeypatch):
+    from overdrive.functional import attention
+
+    usable = lambda backend, device: "" if device in backend.devices and not backend.package else "elsewhere"
+    monkeypatch.setattr(attention, "_machine_refusal", usable)
+    case = Case("cuda", torch.bfloat16, "causal", 0.0, 128, 128, False, False)._replace(**change)
+    assert _chosen.__wrapped__("", case).names[0] == best
+    grouped = _chosen.__wrapped__("", case._replace(grouped=True))
+    assert grouped.repeat == (best == "efficient")
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "padding"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_compiles_to_the_same_bits(mask_type, keep, device):
+    module = DotProductAttention(4, 64, 2, attn_mask_type=mask_type)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    mask = None if mask_type == "causal" else mask_for(mask_type, 2, 7, 7).to(device)
+    inputs = draw(device=device, dim=64, groups=2, dtype=torch.bfloat16)
+    results = []
+    for call in (module, compiled):
+        out = call(*inputs, mask, checkpoint_core_attention=keep)
+        results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# --- bad inputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_gqa_groups": 3}, ValueError, "num_attention_heads=4 must be a multiple of num_gqa_groups=3"),
+        ({"num_gqa_groups": 0}, ValueError, "num_gqa_groups must be at least 1"),
+        ({"kv_channels": 0}, ValueError, "kv_channels must be at least 1"),
+        ({"attn_mask_type": "diagonal"}, ValueError, "attn_mask_type must be one of 'no_mask'.*got 'diagonal'"),
+        ({"qkv_format": "bhsd"}, ValueError, "qkv_format must be one of 'sbhd', 'bshd'; got 'bhsd'"),
+        ({"qkv_format": "thd"}, NotImplementedError, "qkv_format='thd'"),
+        ({"attention_dropout": 1.5}, ValueError, "attention_dropout must be a probability"),
+        ({"attention_dropout": -0.1}, ValueError, "attention_dropout must be a probability"),
+        ({"window_size": (128, 0)}, NotImplementedError, "window_size="),
+        ({"window_size": (-1, 0), "attn_mask_type": "no_mask"}, NotImplementedError, "window_size="),
+        ({"softmax_type": "learnable"}, NotImplementedError, "softmax_type='learnable'"),
+        ({"return_max_logit": True}, NotImplementedError, "return_max_logit"),
+        ({"attention_type": "cross"}, NotImplementedError, "attention_type='cross'"),
+        ({"attention_type": "other"}, ValueError, "attention_type must be one of"),
+        ({"tp_size": 2}, NotImplementedError, "tp_size=2"),
+        ({"sequence_parallel": True}, NotImplementedError, "sequence_parallel"),
+        ({"cp_group": object()}, NotImplementedError, "cp_group"),
+        ({"cp_comm_type": "a2a"}, NotImplementedError, "cp_comm_type"),
+    ],
+)
+def test_bad_constructor_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DotProductAttention(**{"num_attention_heads": 4, "kv_channels": 8, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cu_seqlens_q": torch.zeros(2)}, "cu_seqlens_q"),
+        ({"max_seqlen_kv": 7}, "max_seqlen_kv=7"),
+        ({"core_attention_bias_type": "alibi"}, "core_attention_bias_type='alibi'"),
+        ({"core_attention_bias": torch.zeros(2)}, "core_attention_bias"),
+        ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes"),
+        ({"inference_params": object()}, "inference_params"),
+        ({"pad_between_seqs": True}, "pad_between_seqs"),
+        ({"fp8_output": True}, "fp8_output"),
+        ({"num_splits": 2}, "num_splits=2"),
+        ({"window_size": (4, 4)}, "window_size"),
+        ({"qkv_format": "thd"}, "qkv_format='thd'"),
+    ],
+)
+def test_what_is_not_built_yet_is_named(arguments, message):
+    with pytest.raises(NotImplementedError, match=message):
+        DotProductAttention(4, 8)(*draw(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "mask_type", "error", "message"),
+    [
+        (None, "padding", ValueError, "attention_mask must be a bool tensor .*got None"),
+        (None, "arbitrary", ValueError, "attention_mask must be a bool tensor"),
+        (torch.zeros(2, 1, 1, 7), "padding", TypeError, "attention_mask must be bool .*torch.float32"),
+        (torch.zeros(2, 1, 1, 6, dtype=torch.bool), "padding", ValueError, r"attention_mask must be \[batch, 1, 1, sequence\].*\[2, 1, 1, 6\]"),
+        (torch.zeros(2, 7, dtype=torch.bool), "padding_causal", ValueError, r"attention_mask must be \[batch, 1, 1, sequence\]"),
+        (torch.zeros(3, 1, 7, 7, dtype=torch.bool), "arbitrary", ValueError, r"attention_mask must be .*got \[3, 1, 7, 7\]"),
+    ],
+)
+def test_bad_masks(mask, mask_type, error, message):
+    with pytest.raises(error, match=message):
+        DotProductAttention(4, 8, attn_mask_type=mask_type)(*draw(), mask)
+
+
+def test_mismatched_inputs():
+    module = DotProductAttention(4, 8, 2)
+    q, k, v = draw(groups=2)
+    with pytest.raises(ValueError, match=r"query_layer must be \[s, b, 4 heads, 8 channels\].*got \[7, 2, 4, 4\]"):
+        module(q[..., :4], k, v)
+    with pytest.raises(ValueError, match="key_layer must be .* 2 heads"):
+        module(q, k[:, :, :1], v)
+    with pytest.raises(ValueError, match="value_layer must be"):
+        module(q, k, v[:, 0])
+    with pytest.raises(ValueError, match="must agree in batch size"):
+        module(q, k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match="must agree in batch size"):
+        module(q, k, v[:3])
+    with pytest.raises(TypeError, match="one dtype and device.*torch.float16"):
+        module(q, k.half(), v)
+    with pytest.raises(ValueError, match="attn_mask_type must be one of"):
+        module(q, k, v, attn_mask_type="causals")

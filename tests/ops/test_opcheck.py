@@ -1,0 +1,119 @@
+"""torch.library.opcheck (schema, fake, autograd registration, AOT dispatch) of every op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from overdrive.ops import activation, gemm, norm, quantize, residual, scaling  # noqa: F401  (define the ops)
+from overdrive.ops.quantize import Mode, Quantization
+from overdrive.ops.scaling import arena, tenant_id
+from overdrive.recipe import DelayedScaling
+from tests.numerics import E4M3, draw
+from tests.ops.quantized import MODES, quantized, tail
+
+OPS = torch.ops.overdrive
+T, K = 20, 144
+SEED = torch.tensor([5])
+GAMMA = torch.ones(K, dtype=torch.bfloat16)
+STATISTICS = (torch.zeros(T), torch.ones(T))
+
+
+def x(features: int = K, kind: str = "contiguous", dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return draw(T, features, dtype=dtype, kind=kind)
+
+
+# op -> argument lists; those in QUANTIZING end in every kind of QUANTIZATION
+QUANTIZING = {
+    "quantize": [lambda: (x(), True), lambda: (x(kind="transposed", dtype=torch.float32), False)],
+    "norm": [lambda: (x(), GAMMA, GAMMA, 1e-5, False, False, 0), lambda: (x(kind="stepped"), GAMMA, None, 1e-5, True, True, 4)],
+    "activation": [lambda: (x(), "gelu", 7.0, 1.702), lambda: (x(2 * K, "transposed"), "swiglu", 7.0, 1.702)],
+    "activation_backward": [
+        lambda: (x(), x(kind="transposed"), "gelu", 7.0, 1.702, True),
+        lambda: (x(kind="expanded"), x(2 * K, dtype=torch.float32), "clamped_swiglu", 7.0, 1.702, False),
+    ],
+    "residual_norm": [
+        lambda: (x(), GAMMA, x(), 0.1, SEED, GAMMA, GAMMA, 1e-5, False, False, 0),
+        lambda: (
+            x(kind="transposed"),
+            None,
+            x(kind="transposed", dtype=torch.float32),
+            0.0,
+            None,
+            GAMMA,
+            None,
+            1e-5,
+            True,
+            True,
+            0,
+        ),
+    ],
+}
+OTHERS = {
+    "norm_backward": [
+        lambda: (x(), x(kind="transposed"), GAMMA, *STATISTICS, None, False, False, 0),
+        lambda: (x(kind="transposed", dtype=torch.float32),) * 2 + (GAMMA, *STATISTICS, x(kind="stepped"), True, True, 2),
+    ],
+    "residual_add": [
+        lambda: (x(), GAMMA, x(), 0.1, SEED),
+        lambda: (x(kind="transposed"), None, x(kind="transposed", dtype=torch.float32), 0.0, None),
+    ],
+    "residual_backward": [lambda: (x(), 0.1, SEED, True), lambda: (x(kind="transposed"), 0.0, None, False)],
+    "gemm": [
+        lambda: (x(), x(), None, None, torch.ones(T, dtype=torch.bfloat16), torch.bfloat16, 0, 0, False),
+        lambda: (x(), x(), None, None, None, torch.float32, 0, 0, False),
+        lambda: (*fp8_operands(Mode.CURRENT, Mode.CURRENT), None, torch.float32, Mode.CURRENT, Mode.CURRENT, True),
+        lambda: (*fp8_operands(Mode.BLOCK_1D, Mode.BLOCK_2D), None, torch.bfloat16, Mode.BLOCK_1D, Mode.BLOCK_2D, False),
+    ],
+    "begin_step": [
+        lambda: (torch.zeros(1, dtype=torch.int32), 1024, -1),
+        lambda: (torch.zeros(1, dtype=torch.int32), 1024, tenant_id(DelayedScaling(amax_history_len=4), None)),
+    ],
+    "record_amax": [lambda: (torch.zeros(1, dtype=torch.int32), x(), torch.tensor([1], dtype=torch.int32), 0, TENANT)],
+}
+TENANT = tenant_id(DelayedScaling(), None)
+
+
+def fp8_operands(mode_a: Mode, mode_b: Mode) -> tuple[torch.Tensor, ...]:
+    a, b = (quantized(draw(32, 256), mode, E4M3) for mode in (mode_a, mode_b))
+    return a.data, b.data, a.scale_inv, b.scale_inv
+
+
+def tails(device: str) -> list[Quantization]:
+    """PLAIN; every mode with both layouts, and with one; recording."""
+    recorded = tail(Mode.DELAYED, E4M3, device)._replace(tenant=TENANT)
+    quantizing = [tail(mode, E4M3, device, col=col, row=not col or mode % 2 == 0) for mode in MODES for col in (False, True)]
+    quantizing += [tail(mode, E4M3, device, power_of_2=True) for mode in (Mode.CURRENT, Mode.BLOCK_1D)]
+    return [Quantization(Mode.PLAIN, torch.bfloat16), Quantization(Mode.PLAIN, torch.float32), recorded, *quantizing]
+
+
+def check(name: str, arguments: tuple, device: str) -> None:
+    arguments = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in arguments)
+    fp8 = any(isinstance(arg, torch.Tensor) and arg.dtype == E4M3 for arg in arguments)
+    tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    tests += [] if fp8 else ["test_schema"]  # its way to compare inputs before and after does not know FP8
+    torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)
+
+
+def test_no_op_is_missing():
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("overdrive::")}
+    assert defined == {*QUANTIZING, *OTHERS}
+
+
+@pytest.mark.parametrize(("name", "which"), [(name, i) for name, cases in OTHERS.items() for i in range(len(cases))])
+def test_op(name, which, device):
+    check(name, OTHERS[name][which](), device)
+
+
+@pytest.mark.parametrize("index", range(len(tails("cpu"))))
+@pytest.mark.parametrize(("name", "which"), [(name, i) for name, cases in QUANTIZING.items() for i in range(len(cases))])
+def test_quantizing_op(name, which, index, device):
+    check(name, (*QUANTIZING[name][which](), *tails(device)[index]), device)
+
+
+@pytest.mark.parametrize("capacity", [1, 100, 1024])
+def test_a_snapshot_has_the_size_asked_for(capacity, device):
+    """A graph compiled when the arena was small goes on working after it has grown."""
+    state = arena(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    state.reserve(2048)
+    assert OPS.begin_step(state.counter, capacity, -1).shape == (capacity,)
