@@ -266,8 +266,8 @@ class Module(nn.Module):
             return None
         if not fits_fp8(*features):
             self._warn_once(
-                f"FP8 GEMMs need feature counts divisible by {PAD}, this layer has {' x '.join(map(str, features))}: it runs in high "
-                f"precision. Round its sizes up to multiples of {PAD} to run it in FP8."
+                f"FP8 GEMMs need feature counts divisible by {PAD}, this layer has {' x '.join(map(str, features))}: it runs in "
+                f"high precision. Round its sizes up to multiples of {PAD} to run it in FP8."
             )
             return None
         if tokens % PAD and rules.quantizes:
@@ -288,8 +288,8 @@ class Module(nn.Module):
         device = with_index(self._device)
         if device not in context.snapshots:
             raise RuntimeError(
-                f"{self._label} is on {device}, which had no overdrive layer when the autocast was entered; build and move layers before "
-                "entering it"
+                f"{self._label} is on {device}, which had no overdrive layer when the autocast was entered; build and move layers "
+                "before entering it"
             )
         return Scales(context.snapshots[device], self._slots)  # pyright: ignore[reportArgumentType]
 

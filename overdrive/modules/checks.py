@@ -56,16 +56,18 @@ def split_sizes(module: str, split: Any, rows: int) -> dict[str, int] | None:
     """parameters_split as name -> rows. A tuple of names splits evenly."""
     if split is None:
         return None
+    if not isinstance(split, dict | tuple | list) or not all(isinstance(name, str) for name in split):
+        raise TypeError(f"{module}: parameters_split must be a tuple of names, or a dict of name -> rows, got {split!r}")
     if isinstance(split, dict):
-        sizes = {str(name).rstrip("_"): size for name, size in split.items()}
+        sizes = {name.rstrip("_"): positive_int(module, f"parameters_split[{name!r}]", size) for name, size in split.items()}
     else:
-        names = [str(name).rstrip("_") for name in split]
+        names = [name.rstrip("_") for name in split]
         if rows % max(len(names), 1):
             raise ValueError(
                 f"{module}: parameters_split of {len(names)} names does not divide out_features={rows}; give a dict of sizes"
             )
-        sizes = dict.fromkeys(names, rows // len(names))
-    if len(sizes) != len(split) or sum(sizes.values()) != rows or any(size < 1 for size in sizes.values()):
+        sizes = dict.fromkeys(names, rows // max(len(names), 1))
+    if len(sizes) != len(split) or sum(sizes.values()) != rows:
         raise ValueError(
             f"{module}: parameters_split must give distinct names and sizes >= 1 that add up to out_features={rows}, got {split!r}"
         )

@@ -16,7 +16,9 @@ from overdrive.scaling.autocast import current_context
 def sm_margins(module: str, sm_margin: int | dict[str, int]) -> dict[str, int]:
     """sm_margin as one number each for "forward", "backward" and "inference"."""
     names = ("forward", "backward", "inference")
-    margins = dict.fromkeys(names, sm_margin) if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
+    margins: dict[str, int] = (
+        dict.fromkeys(names, sm_margin) if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
+    )
     for name, margin in margins.items():
         if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
             raise ValueError(f"{module}: sm_margin must be an int >= 0, or a dict of them; got {margin!r} for {name}")

@@ -57,6 +57,7 @@ def _main_grad(weight: torch.Tensor) -> torch.Tensor:
     main_grad = getattr(weight, "main_grad", None)
     if not isinstance(main_grad, torch.Tensor) or main_grad.shape != weight.shape:
         raise RuntimeError(
-            f"fuse_wgrad_accumulation=True needs a tensor weight.main_grad of shape {list(weight.shape)} before backward, got {main_grad!r:.80}"
+            f"fuse_wgrad_accumulation=True needs a tensor weight.main_grad of shape {list(weight.shape)} before "
+            f"backward, got {main_grad!r:.80}"
         )
     return main_grad

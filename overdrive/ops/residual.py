@@ -27,7 +27,7 @@ def dropout_scale(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.T
     """
     row = _mix((torch.arange(rows, device=seed.device) ^ seed) & 0xFFFFFFFF)
     hashed = _mix((row[:, None] + torch.arange(cols, device=seed.device)) & 0xFFFFFFFF)
-    return torch.where(hashed < int(p * 2**32), 0.0, 1 / (1 - p))
+    return (hashed >= int(p * 2**32)).float() * (1 / (1 - p))
 
 
 def _residual(x, bias, residual, p, seed) -> torch.Tensor:

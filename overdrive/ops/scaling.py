@@ -48,18 +48,20 @@ class Arena:
     scale: f32 [slots]. counter: i32 [1], only there to order `begin_step` calls under torch.compile.
     """
 
+    @torch.inference_mode(False)  # lives on, so its tensors are normal ones wherever the first FP8 call happens
     def __init__(self, device: torch.device) -> None:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._allocate(_SMALLEST_ARENA, 1)
 
+    @torch.inference_mode(False)
     def _allocate(self, slots: int, length: int) -> None:
         device = self.counter.device
-        self.amax = torch.full((slots,), UNTOUCHED, device=device)
+        self.amax = torch.full((slots,), UNTOUCHED, dtype=torch.float32, device=device)
         self.amax_bits = self.amax.view(torch.int32)  # an integer maximum orders non-negative floats and keeps NaN on top
         self.owner = torch.full((slots,), -1, dtype=torch.int32, device=device)
-        self.history = torch.zeros(length, slots, device=device)
+        self.history = torch.zeros(length, slots, dtype=torch.float32, device=device)
         self.position = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.scale = torch.ones(slots, device=device)
+        self.scale = torch.ones(slots, dtype=torch.float32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -100,7 +102,8 @@ class Arena:
         mine = self.owner == tenant
         amax = torch.where(mine, self.amax, UNTOUCHED)
         if rules.group is not None:
-            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=rules.group)
+            bits = amax.view(torch.int32)  # as floats, NaN would lose on some backends
+            torch.distributed.all_reduce(bits, torch.distributed.ReduceOp.MAX, group=rules.group)
         touched = mine & (amax != UNTOUCHED)
         length = self.history.shape[0]
         row = (self.position % length).long()[None]
@@ -121,7 +124,7 @@ class Arena:
     def _scale_for(self, amax: torch.Tensor, recipe: DelayedScaling) -> torch.Tensor:
         limits = recipe.fp8_format.value
         is_gradient = torch.arange(self.capacity, device=amax.device) % SLOTS_PER_GEMM >= FIRST_GRADIENT_SLOT
-        fp8_max = torch.where(is_gradient, limits.max_bwd, limits.max_fwd)
+        fp8_max = torch.where(is_gradient, limits.max_bwd, limits.max_fwd).float()
         if recipe.scaling_factor_compute_algo is not None:
             return recipe.scaling_factor_compute_algo(amax, self.scale, fp8_max, recipe)
         scale = fp8_max * 2.0**-recipe.margin / amax

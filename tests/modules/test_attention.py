@@ -14,7 +14,9 @@ MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal"
 USABLE = [name for name, (usable, _) in attention_backends().items() if usable]
 
 
-def draw(layout="sbhd", batch=2, queries=7, keys=None, heads=4, groups=None, dim=8, value_dim=None, dtype=torch.float32, device="cpu"):
+def draw(
+    layout="sbhd", batch=2, queries=7, keys=None, heads=4, groups=None, dim=8, value_dim=None, dtype=torch.float32, device="cpu"
+):
     """Q, K and V as a QKV product has them: slices of one tensor, which are not contiguous."""
     keys, groups, value_dim = keys or queries, groups or heads, value_dim or dim
     shapes = ((queries, heads, dim), (keys, groups, dim), (keys, groups, value_dim))
@@ -78,7 +80,9 @@ def test_grouped_heads(dtype, mask_type, groups, device):
     check("bshd", mask_type, dtype, device, heads=4, groups=groups, dim=16, queries=17)
 
 
-@pytest.mark.parametrize("sizes", [{"queries": 1}, {"batch": 1}, {"dim": 5}, {"heads": 1, "dim": 3}, {"dim": 8, "value_dim": 16}, {"dim": 160}])
+@pytest.mark.parametrize(
+    "sizes", [{"queries": 1}, {"batch": 1}, {"dim": 5}, {"heads": 1, "dim": 3}, {"dim": 8, "value_dim": 16}, {"dim": 160}]
+)
 def test_odd_shapes(sizes, device):
     for layout in ("sbhd", "bshd"):
         check(layout, "causal", torch.bfloat16, device, **sizes)
@@ -173,7 +177,9 @@ def probabilities(p: float, device: str, seed: int, dtype=torch.bfloat16):
     q = torch.zeros(4, 64, 8, 64, dtype=dtype, device=device)
     v = torch.eye(64, dtype=dtype, device=device)[None, :, None].expand(4, 64, 8, 64).clone().requires_grad_()
     torch.manual_seed(seed)
-    out = DotProductAttention(8, 64, attention_dropout=p, qkv_format="bshd", attn_mask_type="no_mask")(q, q, v).unflatten(-1, (8, 64))
+    out = DotProductAttention(8, 64, attention_dropout=p, qkv_format="bshd", attn_mask_type="no_mask")(q, q, v).unflatten(
+        -1, (8, 64)
+    )
     dout = torch.randn(out.shape, device=device, dtype=dtype)
     out.backward(dout)
     return out.transpose(1, 2), v.grad.transpose(1, 2), dout.transpose(1, 2)
@@ -390,7 +396,12 @@ def test_what_is_not_built_yet_is_named(arguments, message):
         (None, "padding", ValueError, "attention_mask must be a bool tensor .*got None"),
         (None, "arbitrary", ValueError, "attention_mask must be a bool tensor"),
         (torch.zeros(2, 1, 1, 7), "padding", TypeError, "attention_mask must be bool .*torch.float32"),
-        (torch.zeros(2, 1, 1, 6, dtype=torch.bool), "padding", ValueError, r"attention_mask must be \[batch, 1, 1, sequence\].*\[2, 1, 1, 6\]"),
+        (
+            torch.zeros(2, 1, 1, 6, dtype=torch.bool),
+            "padding",
+            ValueError,
+            r"attention_mask must be \[batch, 1, 1, sequence\].*\[2, 1, 1, 6\]",
+        ),
         (torch.zeros(2, 7, dtype=torch.bool), "padding_causal", ValueError, r"attention_mask must be \[batch, 1, 1, sequence\]"),
         (torch.zeros(3, 1, 7, 7, dtype=torch.bool), "arbitrary", ValueError, r"attention_mask must be .*got \[3, 1, 7, 7\]"),
     ],

@@ -45,7 +45,11 @@ def test_against_float64(arguments, dtype, device):
     layout, mask_type = arguments.get("qkv_format", "sbhd"), arguments.get("attn_mask_type", "causal")
     x = torch.randn(7, 3, HIDDEN).to(device, dtype).requires_grad_()
     batch = x.shape[layout.index("b")]
-    mask = (torch.arange(x.shape[layout.index("s")]) >= torch.tensor([5, 7, 0])[:, None])[:, None, None] if mask_type == "padding" else None
+    mask = (
+        (torch.arange(x.shape[layout.index("s")]) >= torch.tensor([5, 7, 0])[:, None])[:, None, None]
+        if mask_type == "padding"
+        else None
+    )
     out = module(x, None if mask is None else mask.to(device))
     dout = torch.randn(x.shape).to(dtype)
 
@@ -80,7 +84,11 @@ def test_parameter_names():
         + ["proj.weight", "proj.bias"]
     )
     module = build("cpu", num_gqa_groups=2)
-    assert [tuple(getattr(module.qkv, f"{part}_weight").shape) for part in ("query", "key", "value")] == [(32, 32), (16, 32), (16, 32)]
+    assert [tuple(getattr(module.qkv, f"{part}_weight").shape) for part in ("query", "key", "value")] == [
+        (32, 32),
+        (16, 32),
+        (16, 32),
+    ]
     assert build("cpu", num_gqa_groups=2, fuse_qkv_params=True).qkv.weight.shape == (64, 32)
 
 
