@@ -49,7 +49,8 @@ class _LayerNormLinear(torch.autograd.Function):
         y_TN = forward_product(norm_op, w_op, bias, opts)
         kept = (for_backward(norm_op) if opts.weight_grad else None, for_backward(w_op) if opts.input_grad else None)
         tensors, ctx.layout = pack(kept)
-        ctx.save_for_backward(*tensors, snapshot, slots, x_TK, gamma, mean, rstd)
+        of_norm = (x_TK, gamma, mean, rstd) if opts.input_grad else (None,) * 4
+        ctx.save_for_backward(*tensors, snapshot, slots, *of_norm)
         ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
         outputs = [y_TN.view(*x.shape[:-1], y_TN.shape[1])]
         if options.return_norm:

@@ -84,7 +84,8 @@ class _LayerNormMLP(torch.autograd.Function):
             for_backward(w2_op) if fc2.input_grad else None,
         )
         tensors, ctx.layout = pack(kept)
-        ctx.save_for_backward(*tensors, snapshot, slots, h, x_TK, gamma, mean, rstd, seed)
+        of_norm = (x_TK, gamma, mean, rstd, seed) if fc1.input_grad else (None,) * 5
+        ctx.save_for_backward(*tensors, snapshot, slots, h if fc2.input_grad else None, *of_norm)
         ctx.options, ctx.shape, ctx.count = options, shape, len(parameters)
         outputs = [y_TK.view(*shape[:-1], y_TK.shape[1])]
         if options.return_norm:

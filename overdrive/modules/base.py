@@ -32,12 +32,14 @@ class LinearNames:
 
     @property
     def split(self) -> bool:
-        """Whether there is more than one weight."""
-        return len(self.weights) > 1
+        """Whether the parameters are the parts of parameters_split, not the weight and bias themselves."""
+        return self.weights[0] != self.fused[0]
 
 
 class Module(nn.Module):
     """Base of the layers. A layer with GEMMs calls `_add_slots` and `_add_linear` when it is built."""
+
+    _slots: torch.Tensor
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -138,6 +140,9 @@ class Module(nn.Module):
         if param is not None and name in ("weight", "bias"):
             self._accept_whole(name)
         super().register_parameter(name, param)
+        for linear in self.__dict__.get("_linears", ()):
+            if param is not None and name in (*linear.weights, *linear.biases) and linear.fused[0] in self._fused:
+                self._fuse()  # another part has come
 
     def _accept_whole(self, name: str) -> None:
         for index, linear in enumerate(self.__dict__.get("_linears", ())):
@@ -173,17 +178,18 @@ class Module(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self._slots.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return self._slots.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> Module:
         before = None if self._slot_range is None else self._device
         super()._apply(fn, recurse)
         self._weight_cache.clear()
-        if self._slot_range is not None and before is not None and self._device != before:
-            state = self._slot_range.export(before) if before.type != "meta" else None
-            self._slots = self._slot_range.indices(self._device)
-            if state is not None and self._device.type != "meta":
-                self._slot_range.restore(state, self._device)
+        if self._slot_range is not None and before is not None:
+            self._slots = self._slot_range.indices(self._device)  # to_empty() and type() spoil them
+            if self._device != before and "meta" not in (self._device.type, before.type):
+                state = self._slot_range.export(before)
+                if state is not None:
+                    self._slot_range.restore(state, self._device)
         self._fuse()
         return self
 
@@ -225,7 +231,8 @@ class Module(nn.Module):
         if self._slot_range is not None:
             exported = self._slot_range.export(self._device) if self._device.type != "meta" else None
             state["_slot_range"] = (len(self._linears) or 1, exported)
-        state["_fused"], state["_weight_cache"], state["_weight_grads"] = {}, {}, WeightGradStore()
+        state["_fused"], state["_weight_cache"] = {}, {}
+        state["_weight_grads"] = WeightGradStore(self._weight_grads.fuse, self._weight_grads.delay)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,7 +257,7 @@ class Module(nn.Module):
             raise ValueError(
                 f"{self._label}: inp is on {inp.device} but the parameters are on {parameter.device}; move one of them with .to()"
             )
-        if torch.is_autocast_enabled(inp.device.type):
+        if autocasts(inp.device):
             return torch.get_autocast_dtype(inp.device.type)
         if inp.dtype != parameter.dtype:
             raise TypeError(
@@ -283,15 +290,9 @@ class Module(nn.Module):
             warnings.warn(f"{self._label}: {message}", stacklevel=4)
 
     def _scales(self, context: Context) -> Scales:
-        if context.snapshots is None:
+        if context.snapshots is None or self._slot_range is None:
             return Scales()
-        device = with_index(self._device)
-        if device not in context.snapshots:
-            raise RuntimeError(
-                f"{self._label} is on {device}, which had no overdrive layer when the autocast was entered; build and move layers "
-                "before entering it"
-            )
-        return Scales(context.snapshots[device], self._slots)  # pyright: ignore[reportArgumentType]
+        return Scales(context.snapshot_on(with_index(self._device), self._slot_range.end), self._slots)
 
     def _gemm_options(
         self,
@@ -308,7 +309,8 @@ class Module(nn.Module):
         bias_grad = training and any(bias.requires_grad for bias in parameters.biases)
         at = None if rules is None else rules.at(index) if index else rules
         options = GemmOptions(at, dtype, input_grad and training, weight_grad, bias_grad, self._linears[index].sizes)
-        return self._weight_grads.attach(options, parameters.weights, first) if weight_grad else options
+        weights = tuple(getattr(self, name) for name in self._linears[index].weights)  # not torch.autocast's copies
+        return self._weight_grads.attach(options, weights, first) if weight_grad else options
 
     def _cached_weight(
         self, index: int, parameters: Parameters, options: GemmOptions, scales: Scales, first: bool | None
@@ -339,8 +341,13 @@ def mark_parallel(parameter: torch.Tensor, dim: int) -> None:
     parameter.partition_stride = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is on for a device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """torch.autocast off where it is on: the layers have cast their inputs, what happens inside is not its business."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

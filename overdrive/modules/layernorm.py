@@ -16,13 +16,13 @@ from overdrive.scaling.autocast import current_context
 def sm_margins(module: str, sm_margin: int | dict[str, int]) -> dict[str, int]:
     """sm_margin as one number each for "forward", "backward" and "inference"."""
     names = ("forward", "backward", "inference")
-    margins: dict[str, int] = (
-        dict.fromkeys(names, sm_margin) if isinstance(sm_margin, int) else {name: sm_margin.get(name, 0) for name in names}
-    )
+    margins: dict[str, int] = sm_margin if isinstance(sm_margin, dict) else dict.fromkeys(names, sm_margin)
     for name, margin in margins.items():
-        if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
-            raise ValueError(f"{module}: sm_margin must be an int >= 0, or a dict of them; got {margin!r} for {name}")
-    return margins
+        if name not in names or isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
+            raise ValueError(
+                f"{module}: sm_margin must be an int >= 0, or a dict of them for {', '.join(map(repr, names))}; got {sm_margin!r}"
+            )
+    return {name: margins.get(name, 0) for name in names}
 
 
 class _NormModule(Module):
@@ -52,7 +52,9 @@ class _NormModule(Module):
         if normalized_shape is None:
             raise TypeError(f"{self._label}: give normalized_shape, the size (or sizes) of the last dimension(s)")
         refuse(self._label, {"sequence_parallel": (sequence_parallel or None, None)})
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        shape = tuple(normalized_shape) if isinstance(normalized_shape, Iterable) else (normalized_shape,)
+        if not shape:
+            raise ValueError(f"{self._label}: normalized_shape must have at least one dimension, got {normalized_shape!r}")
         self.normalized_shape = tuple(positive_int(self._label, "normalized_shape", size) for size in shape)
         self.eps = epsilon(self._label, eps)
         self.zero_centered_gamma, self.elementwise_affine = zero_centered_gamma, elementwise_affine
@@ -81,6 +83,8 @@ class _NormModule(Module):
 
     def forward(self, inp: torch.Tensor, fp8_output: bool = False) -> torch.Tensor:
         """Norm of inp over its last dimension(s), in its dtype. fp8_output: a Float8Tensor where an `autocast` is on."""
+        if not isinstance(inp, torch.Tensor):
+            raise TypeError(f"{self._label}: inp must be a tensor, got {type(inp).__name__}")
         size = self.weight.numel()
         lead = inp.shape[: inp.dim() - len(self.normalized_shape)]
         if tuple(inp.shape[len(lead) :]) != self.normalized_shape:

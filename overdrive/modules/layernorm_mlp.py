@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,13 +34,17 @@ _ACTIVATION_PARAMS = ("limit", "alpha")
 def activation_options(module: str, activation: str, params: dict[str, float] | None) -> ActivationOptions:
     """The activation by name; `params` sets clamped_swiglu's limit and alpha."""
     one_of(module, "activation", activation, ACTIVATIONS)
-    params = params or {}
+    params = {} if params is None else params
+    if not isinstance(params, dict):
+        raise TypeError(f"{module}: activation_params must be a dict with {_ACTIVATION_PARAMS}, got {params!r}")
     if params and activation != "clamped_swiglu":
         raise ValueError(f"{module}: activation_params serves activation='clamped_swiglu' only, got {params!r} for {activation!r}")
     for name, value in params.items():
         one_of(module, "activation_params", name, _ACTIVATION_PARAMS)
-        if not isinstance(value, int | float):
-            raise TypeError(f"{module}: activation_params[{name!r}] must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{module}: activation_params[{name!r}] must be a finite number, got {value!r}")
+    if params.get("limit", 1) <= 0:
+        raise ValueError(f"{module}: activation_params['limit'] must be above 0 (values are clamped to it), got {params['limit']!r}")
     return ActivationOptions(activation, **{name: float(value) for name, value in params.items()})
 
 

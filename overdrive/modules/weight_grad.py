@@ -41,15 +41,19 @@ class WeightGradStore:
     def _deliver(
         self, dy: Operand, x: Operand, options: GemmOptions, weights: tuple[torch.Tensor, ...], first_microbatch: bool | None
     ) -> None:
-        dtype = _main_grad(weights[0]).dtype if self.fuse else weights[0].dtype
+        wanted = [weight for weight in weights if weight.requires_grad]
+        dtype = _main_grad(wanted[0]).dtype if self.fuse else options.dtype
         with torch.no_grad():
             parts = weight_gradient(dy, x, options, dtype).split(options.splits)
             for weight, part in zip(weights, parts):
+                if not weight.requires_grad:
+                    continue
                 if self.fuse:
                     target = _main_grad(weight)
                     target.copy_(part) if first_microbatch else target.add_(part)
                     weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
                 else:
+                    part = part.to(weight.dtype)
                     weight.grad = part if weight.grad is None else weight.grad + part
 
 

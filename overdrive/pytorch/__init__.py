@@ -1,10 +1,16 @@
 """The names users of Transformer Engine write: `import overdrive.pytorch as te`."""
 
+from typing import TYPE_CHECKING
+
 from overdrive import __version__
+from overdrive.functional.attention import attention_backends
+from overdrive.modules.attention import DotProductAttention
 from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.layernorm_mlp import LayerNormMLP
 from overdrive.modules.linear import Linear
+from overdrive.modules.multihead_attention import MultiheadAttention
+from overdrive.modules.transformer import TransformerLayer
 from overdrive.parallel.checkpoint import checkpoint
 from overdrive.scaling.autocast import autocast, fp8_autocast, get_default_recipe
 from overdrive.scaling.float8_tensor import Float8Tensor
@@ -17,13 +23,17 @@ from overdrive.scaling.support import (
 )
 
 __all__ = [
+    "DotProductAttention",
     "Float8Tensor",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",
     "Linear",
+    "MultiheadAttention",
     "RMSNorm",
+    "TransformerLayer",
     "__version__",
+    "attention_backends",
     "autocast",
     "checkpoint",
     "fp8_autocast",
@@ -34,3 +44,23 @@ __all__ = [
     "is_mxfp8_available",
     "is_nvfp4_available",
 ]
+
+_LATER = (
+    "Fp8Padding",
+    "Fp8Unpadding",
+    "GroupedLinear",
+    "InferenceParams",
+    "RotaryPositionEmbedding",
+    "apply_rotary_pos_emb",
+    "fp8_model_init",
+    "make_graphed_callables",
+    "quantized_model_init",
+)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _LATER:
+            raise AttributeError(f"overdrive.pytorch.{name} is not built yet; see the feature table in the README")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,11 @@ class SlotRange:
         weakref.finalize(self, SLOTS.give_back, self.start, self.size)
         SLOTS.use_on(with_index(device))
 
+    @property
+    def end(self) -> int:
+        """One past the last slot."""
+        return self.start + self.size
+
     def indices(self, device: torch.device) -> torch.Tensor:
         """i32 [size], what ops look the scales up with."""
         SLOTS.use_on(with_index(device))

@@ -29,6 +29,14 @@ class Context:
     snapshots: dict[torch.device, torch.Tensor] | None = None
     replayed: bool = False
 
+    def snapshot_on(self, device: torch.device, slots: int) -> torch.Tensor:
+        """The scales on `device`, at least `slots` of them; taken now for layers built or moved since the autocast was entered."""
+        assert self.snapshots is not None
+        snapshot = self.snapshots.get(device)
+        if snapshot is None or snapshot.numel() < slots:
+            snapshot = self.snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
+        return snapshot
+
 
 OFF = Context()
 

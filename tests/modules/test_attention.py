@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from overdrive.functional import attention
 from overdrive.functional.attention import BACKENDS, Case, _chosen, attention_backends
 from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
@@ -263,7 +264,7 @@ def test_each_backend_drops(name, device, monkeypatch):
 
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "fastest")
-    with pytest.raises(ValueError, match="OVERDRIVE_ATTENTION must be one of .*cudnn.*got 'fastest'"):
+    with pytest.raises(ValueError, match=r"OVERDRIVE_ATTENTION must be one of .*cudnn.*got 'fastest'"):
         DotProductAttention(4, 8)(*draw())
 
 
@@ -311,9 +312,9 @@ def test_doctor_gets_a_reason_for_each_missing_backend():
     ],
 )
 def test_preferences_on_hopper(change, best, monkeypatch):
-    from overdrive.functional import attention
+    def usable(backend, device):
+        return "" if device in backend.devices and not backend.package else "elsewhere"
 
-    usable = lambda backend, device: "" if device in backend.devices and not backend.package else "elsewhere"
     monkeypatch.setattr(attention, "_machine_refusal", usable)
     case = Case("cuda", torch.bfloat16, "causal", 0.0, 128, 128, False, False)._replace(**change)
     assert _chosen.__wrapped__("", case).names[0] == best
@@ -416,7 +417,7 @@ def test_mismatched_inputs():
     q, k, v = draw(groups=2)
     with pytest.raises(ValueError, match=r"query_layer must be \[s, b, 4 heads, 8 channels\].*got \[7, 2, 4, 4\]"):
         module(q[..., :4], k, v)
-    with pytest.raises(ValueError, match="key_layer must be .* 2 heads"):
+    with pytest.raises(ValueError, match=r"key_layer must be .* 2 heads"):
         module(q, k[:, :, :1], v)
     with pytest.raises(ValueError, match="value_layer must be"):
         module(q, k, v[:, 0])
@@ -424,7 +425,7 @@ def test_mismatched_inputs():
         module(q, k[:, :1], v[:, :1])
     with pytest.raises(ValueError, match="must agree in batch size"):
         module(q, k, v[:3])
-    with pytest.raises(TypeError, match="one dtype and device.*torch.float16"):
+    with pytest.raises(TypeError, match=r"one dtype and device.*torch.float16"):
         module(q, k.half(), v)
     with pytest.raises(ValueError, match="attn_mask_type must be one of"):
         module(q, k, v, attn_mask_type="causals")
