@@ -40,8 +40,7 @@ class Format(Enum):
         return self.value.bwd
 
 
-@dataclass(frozen=True)
-class MMParams:
+class MMParams(NamedTuple):  # no dataclass: torch.compile cannot hold one as a default of a recipe made inside compiled code
     """How a GEMM accumulates: ``use_split_accumulator=True`` keeps full fp32 sums, False allows the faster tensor-core sums."""
 
     use_split_accumulator: bool = True

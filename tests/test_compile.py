@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import overdrive.pytorch as te
+from overdrive.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling
 from tests.steps import MODULES, RECIPES, SIZE, TOKENS, assert_same, fp8, stack, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Online softmax.*")
@@ -102,12 +103,21 @@ def test_microbatches_reuse_the_weight(device, recipe):
     def run(wrap):
         module = stack("layernorm_linear", "linear", device=device)
         body = wrap(lambda x, first: module[1](module[0](x, is_first_microbatch=first), is_first_microbatch=first))
-        order = iter([True, False, False] * 2)
-        return train(module, lambda x: fp8_call(lambda x: body(x, next(order)), RECIPES[recipe], x), 6)
+        order = iter([True, False, False] * 3)
+        return train(module, lambda x: fp8_call(lambda x: body(x, next(order)), RECIPES[recipe], x), 9)
 
     eager = run(lambda body: body)
     assert_same(run(lambda body: torch.compile(body, fullgraph=True, backend="aot_eager")), eager)
-    assert graphs() == 2
+    assert graphs() == 3  # first microbatch before there was a cached weight, first, later
+
+
+@pytest.mark.parametrize("recipe", [lambda: None, DelayedScaling, Float8CurrentScaling, Float8BlockScaling])
+def test_recipes_made_in_compiled_code(device, recipe):
+    def call(layers, x):
+        with te.autocast(recipe=recipe()):
+            return layers(x)
+
+    assert_compiles(lambda: stack("linear", device=device), call, None, True)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])

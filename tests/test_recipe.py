@@ -127,7 +127,7 @@ def test_defaults(cls):
     for name, value in {**DEFAULTS[cls], "fp8_dpa": False, "fp8_mha": False}.items():
         assert getattr(recipe, name) == value, name
     # positional order is part of the interface
-    assert list(inspect.signature(cls).parameters)[: len(DEFAULTS[cls])][:2] == list(DEFAULTS[cls])[:2]
+    assert list(inspect.signature(cls).parameters)[: len(DEFAULTS[cls])] == list(DEFAULTS[cls])
 
 
 @pytest.mark.parametrize(("cls", "fields"), GOOD)
@@ -169,7 +169,7 @@ def test_retired_arguments_warn_and_do_nothing(fields):
 
 
 def test_high_precision_gradients_are_refused():
-    with pytest.warns(DeprecationWarning), pytest.raises(NotImplementedError, match="override_linear_precision"):
+    with pytest.warns(DeprecationWarning, match="retired"), pytest.raises(NotImplementedError, match="override_linear_precision"):
         DelayedScaling(override_linear_precision=(False, False, True))
 
 
@@ -214,7 +214,7 @@ def test_formats_are_four():
 def test_mm_params():
     assert MMParams() == SPLIT
     assert {MMParams(), SPLIT, FAST} == {SPLIT, FAST}
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         FAST.use_split_accumulator = True
 
 

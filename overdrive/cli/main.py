@@ -53,7 +53,7 @@ class Defaults(NamedTuple):
 # The tutorial's size on a GPU; on a CPU one that ends within a minute.
 DEFAULTS = {
     "cuda": Defaults(4096, 32, 2048, 4, DtypeName.FP16, 50, 50),
-    "cpu": Defaults(256, 8, 128, 2, DtypeName.FP32, 20, 3),
+    "cpu": Defaults(256, 8, 128, 2, DtypeName.FP32, 10, 3),
 }
 
 
@@ -119,7 +119,7 @@ def quickstart(
         float, typer.Option(help="Dropout while timing; errors are taken without.", parser=number(float, 0, 1), metavar="FLOAT")
     ] = 0.1,
     causal: Annotated[bool, typer.Option(help="A token attends only to itself and those before it.")] = False,
-    iterations: Annotated[int | None, count("Timed steps (GPU 50, CPU 20).")] = None,
+    iterations: Annotated[int | None, count("Timed steps (GPU 50, CPU 10).")] = None,
     warmup: Annotated[int | None, count("Steps before the clock starts (GPU 50, CPU 3).", low=0)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (the GPU where there is one).")] = None,
     seed: Annotated[int, count("Seed of parameters and inputs.", low=0)] = 0,

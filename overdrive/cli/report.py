@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from overdrive.cli.quickstart import Result, Settings
@@ -14,10 +15,11 @@ BLUE, ORANGE = "#3b6fb6", "#d9822b"
 def describe(settings: Settings) -> str:
     """One line that says what ran."""
     s = settings.size
-    dtype = str(settings.dtype).removeprefix("torch.")
+    dtype, device = str(settings.dtype).removeprefix("torch."), settings.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return (
         f"hidden {s.hidden}, ffn {s.ffn}, {s.heads} heads, sequence {s.sequence}, batch {s.batch}, {dtype} on "
-        f"{settings.device}, {'causal' if settings.causal else 'no mask'}, dropout {settings.dropout:g}"
+        f"{place}, {'causal' if settings.causal else 'no mask'}, dropout {settings.dropout:g}"
     )
 
 

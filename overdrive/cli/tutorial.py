@@ -5,8 +5,10 @@ Shapes: S sequence, B batch, H heads, D head dim.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,8 +60,9 @@ def speedometer(
 
 def mean_time(step: Callable[[], None], device: torch.device, timing_iters: int, warmup_iters: int) -> float:
     """Mean time of `step` in milliseconds: the GPU's own clock on a GPU, the wall clock on a CPU."""
-    for _ in range(warmup_iters):
-        step()
+    with first_backward():
+        for _ in range(warmup_iters):
+            step()
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -73,6 +76,14 @@ def mean_time(step: Callable[[], None], device: torch.device, timing_iters: int,
     for _ in range(timing_iters):
         step()
     return (time.perf_counter() - began) * 1e3 / timing_iters
+
+
+@contextlib.contextmanager
+def first_backward() -> Iterator[None]:
+    """Hide torch's warning that its backward thread was the first to meet cuBLAS: it then sets the thread up itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
+        yield
 
 
 class DotProductAttention(nn.Module):

@@ -24,12 +24,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Case(NamedTuple):
-    """What the choice of a backend depends on. mask: "none", "causal" or "tensor". compiling: inside torch.compile."""
+    """What the choice of a backend depends on.
+
+    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". compiling: by torch.compile.
+    """
 
     device: str
     dtype: torch.dtype
     mask: str
-    dropout: float
+    dropout: str
     head_dim: int
     value_dim: int
     grouped: bool
@@ -37,7 +40,7 @@ class Case(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """What a backend can do. dropout_step: it keeps probabilities that are multiples of this (0: any); None: no dropout at all."""
+    """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths."""
 
     name: str
     sdpa: SDPBackend | None
@@ -45,7 +48,8 @@ class Backend(NamedTuple):
     capabilities: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)
     masks: tuple[str, ...] = ("none", "causal", "tensor")
-    dropout_step: float | None = 0.0
+    dropout: bool = True
+    coarse_dropout: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
     max_head_dim: int | None = None
     unequal_dims: bool = True
@@ -62,14 +66,13 @@ BACKENDS = (
         capabilities=(9, 10),
         dtypes=_HALF,
         masks=("none", "causal"),
-        dropout_step=None,
+        dropout=False,
         head_dims=(64, 128),
         unequal_dims=False,
         compiles=False,
         package="flash_attn.cute",
     ),
-    # cuDNN rounds the dropout probability to sixteenths
-    Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, dropout_step=1 / 16, max_head_dim=256),
+    Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, coarse_dropout=(10,), max_head_dim=256),
     Backend(
         "flash",
         SDPBackend.FLASH_ATTENTION,
@@ -86,7 +89,7 @@ BACKENDS = (
         SDPBackend.FLASH_ATTENTION,
         ("cpu",),
         dtypes=(*_HALF, torch.float32, torch.float64),
-        dropout_step=None,
+        dropout=False,
         unequal_dims=False,
     ),
     Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=(*_HALF, torch.float32, torch.float64)),
@@ -98,14 +101,19 @@ _SDPA = {backend.name: backend.sdpa for backend in BACKENDS if backend.sdpa is n
 
 
 @functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+@functools.cache
 def _machine_refusal(backend: Backend, device: str) -> str:
     """Why `backend` cannot run on this machine's `device`, or ""."""
     if device not in backend.devices:
         return f"runs on {' and '.join(backend.devices)} only, not on {device}"
     if device == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA GPU, torch sees none"
-    if backend.capabilities and torch.cuda.get_device_capability()[0] not in backend.capabilities:
-        major, minor = torch.cuda.get_device_capability()
+    if backend.capabilities and _capability()[0] not in backend.capabilities:
+        major, minor = _capability()
         return f"needs compute capability {', '.join(f'{c}.x' for c in backend.capabilities)}, this GPU has {major}.{minor}"
     if backend.package:
         package = backend.package.split(".")[0]
@@ -123,10 +131,10 @@ def _refusal(backend: Backend, case: Case) -> str:
         return f"takes {', '.join(map(str, backend.dtypes))}, not {case.dtype}"
     if case.mask not in backend.masks:
         return "takes no mask tensor"
-    if case.dropout and backend.dropout_step is None:
+    if case.dropout != "none" and not backend.dropout:
         return "has no dropout"
-    if backend.dropout_step and case.dropout % backend.dropout_step:
-        return f"keeps dropout probabilities in steps of 1/{round(1 / backend.dropout_step)} only, got {case.dropout}"
+    if case.dropout == "any" and backend.coarse_dropout and _capability()[0] in backend.coarse_dropout:
+        return "rounds dropout probabilities to sixteenths on this GPU"
     if not backend.unequal_dims and dims[0] != dims[1]:
         return f"needs head dims of Q/K and V to be equal, got {dims[0]} and {dims[1]}"
     if backend.head_dims and dims[0] not in backend.head_dims:
@@ -145,13 +153,17 @@ class Route(NamedTuple):
     repeat: bool = False
 
 
+def _cannot_run(name: str, reason: str) -> ValueError:
+    return ValueError(f"{VARIABLE}={name} cannot run this attention: {reason}; unset it to let overdrive choose")
+
+
 @functools.cache
 def _chosen(forced: str, case: Case) -> Route:
     if forced:
         if forced not in _BY_NAME:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(_BY_NAME)}, got {forced!r}; unset it to let overdrive choose")
         if reason := _refusal(_BY_NAME[forced], case):
-            raise ValueError(f"{VARIABLE}={forced} cannot run this attention: {reason}; unset it to let overdrive choose")
+            raise _cannot_run(forced, reason)
         names = (forced,)
     else:
         names = tuple(backend.name for backend in BACKENDS if not _refusal(backend, case))
@@ -175,9 +187,12 @@ def _sdpa(names, query, key, value, mask, causal, dropout, scale) -> torch.Tenso
     """F.scaled_dot_product_attention by the first of `names` that torch lets run."""
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling() or len(names) == 1:
+        forced = None if torch.compiler.is_compiling() else _BY_NAME[names[0]]
+        if forced and (reason := _torch_refusal(forced, query, key, value, mask, causal, dropout)):
+            raise _cannot_run(forced.name, reason)
         with sdpa_kernel([_SDPA[name] for name in names], set_priority=True):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
-    # what sdpa_kernel does, without its 10 us of switching each backend off and on
+    # what sdpa_kernel does, without its 14 us of switching each backend off and on
     previous = torch._C._get_sdp_priority_order()
     torch._C._set_sdp_priority_order(_priority(names))
     try:
@@ -195,9 +210,10 @@ def _flash_attn_4(query, key, value, causal, scale) -> torch.Tensor:
 
 def _case(query, key, value, mask, causal, dropout) -> tuple:
     kind = "tensor" if mask is not None else "causal" if causal else "none"
+    drops = "none" if dropout == 0 else "any" if dropout * 16 % 1 else "sixteenths"
     grouped = query.shape[1] != key.shape[1]
     compiling = torch.compiler.is_compiling()
-    return query.device.type, query.dtype, kind, dropout, query.shape[-1], value.shape[-1], grouped, compiling
+    return query.device.type, query.dtype, kind, drops, query.shape[-1], value.shape[-1], grouped, compiling
 
 
 def attention(
@@ -239,10 +255,11 @@ def dot_product_attention(
     attention_mask: bool, True = masked out, as `kind` reads it. A query that may attend to nothing gives zeros.
     """
     query, key, value, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first)
-    out = attention(query, key, value, mask, causal, dropout, scale)
-    if dead is not None:
-        out = out.masked_fill(dead, 0)
-    return out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
+    back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
+    out = attention(query, key, value, mask, causal, dropout, scale).permute(back)
+    if dead is not None:  # where, as masked_fill copies first
+        out = torch.where(dead.permute(back), 0.0, out)
+    return out.flatten(2)
 
 
 def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):

@@ -64,7 +64,7 @@ def score_mask(
 ) -> tuple[torch.Tensor | None, bool, torch.Tensor | None]:
     """(score mask that broadcasts to [B, H, S, T] or None, causal, dead).
 
-    causal: the kernel's own square causal mask says it all. dead [B, 1 or H, S or 1, 1]: True where a query is padding or may
+    causal: the kernel's own square causal mask says it all. dead [B or 1, H or 1, S or 1, 1]: True where a query is padding or may
     attend to nothing. Such a row attends to everything in the score mask, so that no softmax is empty; its output is to be zeroed.
     """
     if not kind.takes_mask and (not kind.causal or queries == keys):
@@ -72,7 +72,7 @@ def score_mask(
     padded, hidden = mask if isinstance(mask, tuple) else (mask, mask)
     if kind.causal:
         diagonal = keys - queries if kind.bottom_right else 0
-        later = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(diagonal + 1)
+        later = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).triu(diagonal + 1)
         hidden = later if not kind.padding or hidden is None else hidden | later
     assert hidden is not None
     dead = hidden.all(-1, keepdim=True)

@@ -17,7 +17,7 @@ from overdrive.functional.gemm import (
     weight_gradients,
     weight_operand,
 )
-from overdrive.scaling.float8_tensor import Float8Tensor
+from overdrive.scaling.float8_tensor import Float8Tensor, quantized_of
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand, QuantizedTensor, pack, unpack
 
@@ -79,7 +79,7 @@ class LinearOptions:
 def _quantized_input(x: torch.Tensor, options: GemmOptions) -> Operand:
     """x as a matrix; a Float8Tensor that fits the recipe is taken as it is, another is dequantized."""
     if isinstance(x, Float8Tensor):
-        q = x.quantized
+        q = quantized_of(x)
         rules = options.rules
         fits = options.quantizes and rules is not None and q.mode.per_tensor == rules.input.mode.per_tensor
         if fits and (q.data_t is not None or not options.weight_grad):

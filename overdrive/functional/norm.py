@@ -96,7 +96,7 @@ class _Norm(torch.autograd.Function):
         x2d = x.reshape(-1, x.shape[-1])
         y, mean, rstd = normalize(x2d, gamma, beta, options, rules, Scales(snapshot, slots), training)
         ctx.save_for_backward(x2d, gamma, mean, rstd)
-        ctx.options = options
+        ctx.options, ctx.biased = options, beta is not None
         return y.view(x.shape) if isinstance(y, torch.Tensor) else Float8Tensor.from_quantized(y, x.shape)
 
     @staticmethod
@@ -104,7 +104,7 @@ class _Norm(torch.autograd.Function):
         (dy,) = grads
         x, gamma, mean, rstd = ctx.saved_tensors
         dx, dgamma, dbeta = norm_gradient(dy.reshape(x.shape), x, gamma, mean, rstd, None, ctx.options)
-        return dx.view(dy.shape), dgamma, dbeta, None, None, None, None, None
+        return dx.view(dy.shape), dgamma, dbeta if ctx.biased else None, None, None, None, None, None
 
 
 def layer_norm(

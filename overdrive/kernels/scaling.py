@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.tile import FUSE
-from overdrive.ops.scaling import _FP32_MAX, FIRST_GRADIENT_SLOT, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, arena
+from overdrive.ops.scaling import _FP32_MAX, FIRST_GRADIENT_SLOT, RESTORED, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, arena
 
 _UNTOUCHED: tl.constexpr = tl.constexpr(UNTOUCHED)
+_RESTORED: tl.constexpr = tl.constexpr(RESTORED)
 _MAX: tl.constexpr = tl.constexpr(_FP32_MAX)
 _PER_GEMM: tl.constexpr = tl.constexpr(SLOTS_PER_GEMM)
 _FIRST_GRADIENT: tl.constexpr = tl.constexpr(FIRST_GRADIENT_SLOT)
@@ -29,7 +30,8 @@ def _begin_step(counter, amax, reduced, owner, history, position, scale, snapsho
     old = tl.load(scale + slots, slots < S, 1.0)
     if ROLL:
         peak = tl.load(reduced + slots, slots < S, _UNTOUCHED)
-        touched = (tl.load(owner + slots, slots < S, -1) == tenant) & (peak != _UNTOUCHED) & (slots < S)
+        whose = tl.load(owner + slots, slots < S, -1)
+        touched = ((whose == tenant) | (whose == _RESTORED)) & (peak != _UNTOUCHED) & (slots < S)
         steps = tl.load(position + slots, touched, 0)
         newest = steps % L
         # integers order amaxes as floats do and keep NaN on top; entry 0 is the new one, the others lie behind it in the ring
@@ -71,7 +73,7 @@ def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tenso
             headroom = 2.0**-recipe.margin
             reduced = state.amax
             if group is not None:
-                reduced = torch.where(state.owner == tenant, state.amax, UNTOUCHED)
+                reduced = torch.where(state.owned_by(tenant), state.amax, UNTOUCHED)
                 torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=group)
     snapshot = torch.empty_like(state.scale)
     grid = (triton.cdiv(state.capacity, 32),)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from overdrive.functional.attention import Decision, dot_product_attention
 from overdrive.functional.attention import explain as explain_attention
 from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask
+from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import one_of, positive_int, refuse, refuse_parallelism
 
 FORMATS = ("sbhd", "bshd")
@@ -109,8 +110,10 @@ class DotProductAttention(torch.nn.Module):
         self.num_attention_heads = positive_int(self._label, "num_attention_heads", num_attention_heads)
         self.num_gqa_groups = gqa_groups(self._label, num_attention_heads, num_gqa_groups)
         self.head_dims = kv_channels if isinstance(kv_channels, tuple) else (kv_channels, kv_channels)
-        for dim in self.head_dims:
-            positive_int(self._label, "kv_channels", dim)
+        for size in self.head_dims:
+            positive_int(self._label, "kv_channels", size)
+        dim, value_dim = self.head_dims
+        self._widths = (num_attention_heads, dim, self.num_gqa_groups, dim, self.num_gqa_groups, value_dim)
         self.attention_dropout = probability(self._label, "attention_dropout", attention_dropout)
         self.qkv_format = qkv_layout(self._label, qkv_format)
         self.attn_mask_type = attn_mask_type
@@ -185,6 +188,12 @@ class DotProductAttention(torch.nn.Module):
                 return checkpoint(dot_product_attention, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
             return dot_product_attention(*arguments)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        foreign = [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]
+        for key in foreign:  # Transformer Engine keeps FP8 state here, overdrive has none
+            warn_of_foreign_state(key, state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def explain(
         self, query_layer: torch.Tensor, key_layer: torch.Tensor, value_layer: torch.Tensor, attention_mask: Mask = None
     ) -> Decision:
@@ -203,7 +212,25 @@ class DotProductAttention(torch.nn.Module):
 
     def _check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, kind: MaskKind, layout: str) -> None:
         batch_dim, sequence_dim = (1, 0) if layout == "sbhd" else (0, 1)
-        heads, groups, (dim, value_dim) = self.num_attention_heads, self.num_gqa_groups, self.head_dims
+        shape, key_shape, value_shape = query.shape, key.shape, value.shape
+        fits = (
+            len(shape) == len(key_shape) == len(value_shape) == 4
+            and (shape[2], shape[3], key_shape[2], key_shape[3], value_shape[2], value_shape[3]) == self._widths
+            and shape[batch_dim] == key_shape[batch_dim]
+            and key_shape[0] == value_shape[0]
+            and key_shape[1] == value_shape[1]
+            and query.dtype == key.dtype == value.dtype
+            and query.device == key.device == value.device
+        )
+        if not fits:
+            self._refuse_inputs(query, key, value, layout)
+        if kind.takes_mask:
+            heads = self.num_attention_heads
+            check_mask(kind, mask, shape[batch_dim], heads, shape[sequence_dim], key_shape[sequence_dim])
+
+    def _refuse_inputs(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: str) -> None:
+        """Say what does not fit."""
+        heads, dim, groups, _, _, value_dim = self._widths
         named = (("query_layer", query, heads, dim), ("key_layer", key, groups, dim), ("value_layer", value, groups, value_dim))
         for name, x, count, width in named:
             if x.dim() != 4 or x.shape[2] != count or x.shape[3] != width:
@@ -216,13 +243,10 @@ class DotProductAttention(torch.nn.Module):
                     f"{self._label}: query_layer, key_layer and value_layer must have one dtype and device, got {query.dtype} on "
                     f"{query.device} and for {name} {x.dtype} on {x.device}; convert with .to()"
                 )
-        if key.shape[:2] != value.shape[:2] or key.shape[batch_dim] != query.shape[batch_dim]:
-            raise ValueError(
-                f"{self._label}: query_layer, key_layer and value_layer must agree in batch size, the latter two also in sequence "
-                f"length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}; qkv_format is {layout!r}"
-            )
-        if kind.takes_mask:
-            check_mask(kind, mask, query.shape[batch_dim], heads, query.shape[sequence_dim], key.shape[sequence_dim])
+        raise ValueError(
+            f"{self._label}: query_layer, key_layer and value_layer must agree in batch size, the latter two also in sequence "
+            f"length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}; qkv_format is {layout!r}"
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -11,7 +11,7 @@ from torch import nn
 
 from overdrive.functional.gemm import GemmOptions
 from overdrive.functional.linear import Parameters
-from overdrive.modules.checks import InitMethod
+from overdrive.modules.checks import InitMethod, mark_sequence_parallel
 from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.quantize import PAD
 from overdrive.scaling.arena import SlotRange, with_index
@@ -85,7 +85,10 @@ class Module(nn.Module):
                 self.register_parameter(name, weight)
         for name, size in zip(names.biases, names.sizes):
             vector = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
-            mark_parallel(vector, 0)
+            if partition_dim == 0:
+                mark_parallel(vector, 0)
+            else:  # a row-parallel layer's bias is whole on every rank
+                mark_sequence_parallel(vector)
             self.register_parameter(name, vector)
         if not bias:
             setattr(self, names.fused[1], torch.empty(0, dtype=dtype, device=device))
@@ -218,12 +221,8 @@ class Module(nn.Module):
                 self._slot_range.restore(state, self._device)
             except ValueError as error:
                 error_msgs.append(f"{prefix}_extra_state: {error}")
-        elif state is not None and not (isinstance(state, torch.Tensor) and state.numel() == 0):
-            warnings.warn(
-                f"{prefix}_extra_state is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and "
-                "settle within a few steps",
-                stacklevel=2,
-            )
+        else:
+            warn_of_foreign_state(f"{prefix}_extra_state", state)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy.deepcopy: the copy gets slots of its own with the same state."""
@@ -251,6 +250,8 @@ class Module(nn.Module):
         """The dtype to compute in, or an error that names what is wrong with `inp`."""
         if not isinstance(inp, torch.Tensor):
             raise TypeError(f"{self._label}: inp must be a tensor, got {type(inp).__name__}")
+        if not inp.is_floating_point():
+            raise TypeError(f"{self._label}: inp must have a floating-point dtype, got {inp.dtype}; convert it with .to()")
         if inp.dim() == 0 or inp.shape[-1] != features:
             raise ValueError(f"{self._label}: inp's last dimension must be {what}={features}, got shape {list(inp.shape)}")
         if inp.device != parameter.device:
@@ -332,6 +333,16 @@ class Module(nn.Module):
     def backward_dw(self) -> None:
         """Compute the weight gradients that `delay_wgrad_compute=True` put off; call it after backward."""
         self._weight_grads.run()
+
+
+def warn_of_foreign_state(key: str, state: Any) -> None:
+    """Say that `state`, found in a state dict under `key`, is not read, unless there is nothing in it."""
+    if state is None or (isinstance(state, torch.Tensor) and state.numel() == 0):
+        return
+    warnings.warn(
+        f"{key} is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and settle within a few steps",
+        stacklevel=3,
+    )
 
 
 def mark_parallel(parameter: torch.Tensor, dim: int) -> None:

@@ -44,7 +44,7 @@ def activation_options(module: str, activation: str, params: dict[str, float] | 
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise TypeError(f"{module}: activation_params[{name!r}] must be a finite number, got {value!r}")
     if params.get("limit", 1) <= 0:
-        raise ValueError(f"{module}: activation_params['limit'] must be above 0 (values are clamped to it), got {params['limit']!r}")
+        raise ValueError(f"{module}: activation_params['limit'] must be above 0, got {params['limit']!r}")
     return ActivationOptions(activation, **{name: float(value) for name, value in params.items()})
 
 
@@ -128,7 +128,7 @@ class LayerNormMLP(Module):
         add_norm_parameters(self, hidden_size, normalization, zero_centered_gamma, dtype, device)
         rows = ffn_hidden_size * (2 if self._activation.gated else 1)
         common = {"dtype": dtype, "device": device, "get_rng_state_tracker": get_rng_state_tracker}
-        fc2_init = output_layer_init_method or init_method or normal_init
+        fc2_init = output_layer_init_method or normal_init
         self._add_linear("fc1_", rows, hidden_size, bias, init=init_method or normal_init, **common)
         self._add_linear("fc2_", hidden_size, ffn_hidden_size, bias, init=fc2_init, partition_dim=1, **common)
 

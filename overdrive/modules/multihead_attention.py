@@ -256,5 +256,8 @@ class MultiheadAttention(torch.nn.Module):
         out = self.proj(
             self.core_attention(*split_qkv(qkv, *sizes, self.qkv_weight_interleaved), **attention), is_first_microbatch=first
         )
-        outputs: tuple[Any, ...] = (*out, *norm_out) if self.return_bias else (out, *norm_out)
-        return outputs if len(outputs) > 1 else outputs[0], residual
+        if self.return_bias:
+            out = (*out, *norm_out)
+        elif norm_out:
+            out = (out, *norm_out)
+        return out, residual

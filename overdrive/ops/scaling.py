@@ -18,6 +18,7 @@ from overdrive.recipe import DelayedScaling
 SLOTS_PER_GEMM = 5  # input, weight, output, grad_output, grad_input; arenas are cut in whole GEMMs
 FIRST_GRADIENT_SLOT = 3
 UNTOUCHED = -1.0  # pending amax of a slot that recorded nothing since the last step; below every true amax
+RESTORED = -2  # owner of pending amaxes that came out of a state dict: the next tenant to end a step takes them
 _FP32_MAX = torch.finfo(torch.float32).max
 _SMALLEST_ARENA = 1024
 
@@ -44,7 +45,7 @@ class Arena:
     """Delayed scaling's mutable state on one device, one column per slot.
 
     amax: f32 [slots], largest |x| recorded since the last step, UNTOUCHED if none.
-    owner: i32 [slots], the tenant that recorded last. history: f32 [length, slots], a ring. position: i32 [slots], steps rolled.
+    owner: i32 [slots], the tenant that recorded last, or RESTORED. history: f32 [length, slots], a ring. position: i32 [slots], steps rolled.
     scale: f32 [slots]. counter: i32 [1], only there to order `begin_step` calls under torch.compile.
     """
 
@@ -94,12 +95,16 @@ class Arena:
         self.amax[index] = torch.maximum(self.amax[index], amax.reshape(1))
         self.owner[index] = tenant
 
+    def owned_by(self, tenant: int) -> torch.Tensor:
+        """Which slots the tenant's next step takes."""
+        return (self.owner == tenant) | (self.owner == RESTORED)
+
     def roll(self, tenant: int) -> None:
         """End a step for every slot this tenant recorded into: reduce, roll the history, compute the new scale."""
         rules = TENANTS[tenant]
         recipe = rules.recipe
         self.reserve(self.capacity, recipe.amax_history_len)
-        mine = self.owner == tenant
+        mine = self.owned_by(tenant)
         amax = torch.where(mine, self.amax, UNTOUCHED)
         if rules.group is not None:
             bits = amax.view(torch.int32)  # as floats, NaN would lose on some backends
@@ -118,6 +123,8 @@ class Arena:
         return self.history.gather(0, rows % self.history.shape[0])
 
     def _peak(self, recipe: DelayedScaling) -> torch.Tensor:
+        if recipe.amax_compute_algo == "max" and recipe.amax_history_len == self.history.shape[0]:
+            return self.history.amax(0)  # all of the ring, in any order
         history = self._newest_first(recipe.amax_history_len)
         return recipe.amax_compute_algo(history) if callable(recipe.amax_compute_algo) else history.amax(0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from overdrive.ops.scaling import SLOTS_PER_GEMM, UNTOUCHED, Arena, arena, tenant_id
+from overdrive.ops.scaling import RESTORED, SLOTS_PER_GEMM, UNTOUCHED, Arena, arena, tenant_id
 from overdrive.recipe import DelayedScaling
 
 
@@ -112,7 +112,7 @@ class SlotRange:
         state.reserve(SLOTS.capacity, max(steps, 1))
         forget(state, self.start, self.size)
         columns = slice(self.start, self.start + self.size)
-        state.scale[columns], state.amax[columns] = saved[0], saved[1]
+        state.scale[columns], state.amax[columns], state.owner[columns] = saved[0], saved[1], RESTORED
         history, filled = saved[2:], (saved[2:] != UNTOUCHED).sum(0).int()
         if steps:  # a slot's newest entry is the last row; in the ring its oldest goes first
             rows = torch.arange(steps, device=filled.device)[:, None]

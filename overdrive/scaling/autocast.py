@@ -90,14 +90,16 @@ def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group:
 def _enter(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context) -> Context:
     if torch.compiler.is_compiling():
         return _new_context(enabled, calibrating, recipe, group, outer, torch.is_grad_enabled())
-    recording, task = recompute.current()
-    if recording is not None and task != -1:
-        earlier = recording.next_entered(task)
-        if earlier is not None:
-            return replace(earlier, replayed=True)
-    training = torch.is_grad_enabled() or recording is not None
-    context = _new_context(enabled, calibrating, recipe, group, outer, training)
-    if recording is not None:
+    running = recompute.current()
+    earlier = None if running.repeated is None else running.repeated.next_entered(running.task)
+    if earlier is not None:
+        context = replace(earlier, replayed=True)
+    else:
+        training = torch.is_grad_enabled() or running is not recompute.OUTSIDE
+        context = _new_context(enabled, calibrating, recipe, group, outer, training)
+    if running.first:
+        context = replace(context)  # known by its identity
+    for recording in running.first:
         recording.entered.append(context)
     return context
 
@@ -147,12 +149,13 @@ def current_context() -> tuple[Context, bool]:
     context, training = STATE.context, torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return context, training
-    recording, task = recompute.current()
-    if recording is None:
+    running = recompute.current()
+    if running is recompute.OUTSIDE:
         return context, training
-    if any(context is entered for entered in recording.entered) or context.replayed:
-        return context, True
-    if task == -1:
-        recording.around = context
-        return context, True
-    return (context if recording.around is None else replace(recording.around, replayed=True)), True
+    repeated = running.repeated
+    if repeated is not None and repeated.around is not None and not context.replayed:
+        context = replace(repeated.around, replayed=True)
+    for recording in running.first:
+        if not any(context is entered for entered in recording.entered):
+            recording.around = context
+    return context, True

@@ -30,9 +30,9 @@ class Float8Tensor(torch.Tensor):
 
     def __init__(self, inner: dict[str, torch.Tensor], mode: Mode, matrix: tuple[int, int], dtype: torch.dtype, shape) -> None:
         self._inner_names = tuple(name for name in _INNER if name in inner)
-        for name in self._inner_names:
-            setattr(self, f"_{name}", inner[name])
-        self._mode, self._matrix = mode, matrix
+        for name in _INNER:
+            setattr(self, f"_{name}", inner.get(name))
+        self._mode, self._matrix = Mode(mode), matrix  # torch.compile hands enums over as ints
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor, shape: Any) -> Float8Tensor:
@@ -45,11 +45,7 @@ class Float8Tensor(torch.Tensor):
     @property
     def quantized(self) -> QuantizedTensor:
         """The FP8 data and scales."""
-        data, data_t, scale_inv, scale_inv_t = (getattr(self, f"_{name}", None) for name in _INNER)
-        assert scale_inv is not None
-        return QuantizedTensor(
-            data, data_t, scale_inv, scale_inv if scale_inv_t is None else scale_inv_t, self._mode, self._matrix, self.dtype
-        )
+        return quantized_of(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values as a plain tensor, in the nominal dtype unless told otherwise."""
@@ -86,3 +82,9 @@ class Float8Tensor(torch.Tensor):
 
         args, kwargs = tree_map(plain, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def quantized_of(x: Float8Tensor) -> QuantizedTensor:
+    """The FP8 data and scales; a function, as torch.compile traces those and not properties of tensors."""
+    scale_inv_t = x._scale_inv if x._scale_inv_t is None else x._scale_inv_t
+    return QuantizedTensor(x._data, x._data_t, x._scale_inv, scale_inv_t, x._mode, x._matrix, x.dtype)

@@ -2,19 +2,23 @@
 
 torch.utils.checkpoint runs a function twice, the second time inside backward, when the autocast has long ended or begun a new
 step. Both runs share one object: the frame that its saved-tensor hooks close over (use_reentrant=False) or the autograd node
-(True). What the first run used is kept on that object, so it lives exactly as long as it may be needed."""
+(True). What the first run used is kept on that object, so it lives exactly as long as it may be needed. Checkpoints nest, and the
+first run of an inner one may be part of the repetition of an outer one, hence the walk up the stack."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook, checkpoint
 
-_REENTRANT_FORWARD = CheckpointFunction.forward.__code__
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+_FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
+_CONSTANTS = _checkpoint_hook.__init__.__code__.co_consts
+_UNPACK = next((code for code in _CONSTANTS if getattr(code, "co_name", "") == "unpack_hook"), None)
 
 
 class Recording:
@@ -32,40 +36,59 @@ class Recording:
         return self.entered[index] if index < len(self.entered) else None
 
 
+class Running(NamedTuple):
+    """The checkpointed calls that are running. first: those in their first run, innermost first. repeated: the one being repeated,
+    by the backward `task`, around those."""
+
+    first: tuple[Recording, ...] = ()
+    repeated: Recording | None = None
+    task: int = -1
+
+
+OUTSIDE = Running()
+
+
 def _closed_over(function: Callable[..., Any], name: str) -> Any:
     function = inspect.unwrap(function)
-    if name not in function.__code__.co_freevars:
-        return None
-    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents  # pyright: ignore[reportOptionalSubscript]
+    variables = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[variables.index(name)].cell_contents if name in variables else None  # pyright: ignore[reportFunctionMemberAccess, reportOptionalSubscript]
 
 
-def _carrier(recomputing: bool) -> Any:
-    """The object that both runs of the innermost checkpoint share, None outside of checkpoints."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    if hooks is not None:
-        reference = _closed_over(hooks[0], "target_frame_ref")
-        frame = reference() if reference is not None else _closed_over(hooks[0], "frame")
-        if frame is not None:
-            return frame
-    if recomputing:
-        node = torch._C._current_autograd_node()
-        return node if type(node).__name__ == "CheckpointFunctionBackward" else None
-    if not torch.is_grad_enabled():
-        caller = sys._getframe(1)
-        while caller is not None:
-            if caller.f_code is _REENTRANT_FORWARD:
-                return caller.f_locals["ctx"]
-            caller = caller.f_back
-    return None
+def _carriers(hooks: Any) -> Iterator[tuple[Any, bool]]:
+    """(carrier, whether it is being repeated) of every checkpoint around the caller, innermost first."""
+    innermost = None if hooks is None else _closed_over(hooks[0], "frame")
+    if innermost is not None:  # the only trace that torch.distributed's composable checkpoint leaves
+        yield innermost, False
+    caller = sys._getframe(1)
+    while caller is not None:
+        code = caller.f_code
+        if code is _FORWARD or code is _BACKWARD:
+            yield caller.f_locals["ctx"], code is _BACKWARD
+        elif code is _UNPACK:
+            yield caller.f_locals["frame"], True
+        elif code is _CHECKPOINT and "gen" in caller.f_locals:
+            frame = caller.f_locals["gen"].gi_frame.f_locals.get("new_frame")
+            if frame is not None and frame is not innermost:
+                yield frame, False
+        caller = caller.f_back
 
 
-def current() -> tuple[Recording | None, int]:
-    """(recording, task): the checkpoint being recorded or repeated, and the backward that repeats it (-1 while recording)."""
-    task = torch._C._current_graph_task_id()
-    carrier = _carrier(task != -1)
-    if carrier is None:
-        return None, task
+def _recording(carrier: Any) -> Recording:
     recording = getattr(carrier, "_overdrive_recording", None)
     if recording is None:
         recording = carrier._overdrive_recording = Recording()
-    return recording, task
+    return recording
+
+
+def current() -> Running:
+    """What the caller is part of; quick outside of checkpoints."""
+    task = torch._C._current_graph_task_id()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if task == -1 and hooks is None and torch.is_grad_enabled():
+        return OUTSIDE
+    first: list[Recording] = []
+    for carrier, repeated in _carriers(hooks):
+        if repeated:
+            return Running(tuple(first), _recording(carrier), task)
+        first.append(_recording(carrier))
+    return Running(tuple(first)) if first else OUTSIDE

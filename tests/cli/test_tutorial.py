@@ -1,6 +1,7 @@
 """The tutorial's helpers: timing, plain layers, and parameters that are really shared."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from overdrive.cli import tutorial
 from overdrive.cli.layers import FusedLayer, PlainLayer, SdpaAttention, Size, causal_mask
 from overdrive.common.recipe import DelayedScaling
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SIZE = Size(hidden=32, ffn=64, heads=4, sequence=16, batch=2)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -93,9 +95,19 @@ def test_speedometer_takes_one_name_of_autocast():
 
 def test_the_example_runs_all_its_steps():
     command = [sys.executable, "-W", "error", EXAMPLES / "quickstart.py"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert [line[0] for line in lines] == list("12345")
     assert all(line.endswith(" ms") for line in lines)
+
+
+def test_the_readme_example_runs():
+    code = re.search(r"## FP8\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code
+    names: dict[str, object] = {}
+    exec(code[1], names)
+    layer = names["layer"]
+    assert isinstance(layer, te.TransformerLayer)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import overdrive.pytorch as te
-from tests.numerics import RECIPES, assert_close, assert_same_bits
+from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits
 
 IN, OUT, FFN, TOKENS = 48, 32, 64, (2, 16)
 Named = dict[str, torch.Tensor]
@@ -106,10 +106,10 @@ def formula_of(module: torch.nn.Module, activation: Callable[..., Any] | None = 
     return formula
 
 
-def build(name: str, device: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
+def build(layer: str, device: str, dtype: torch.dtype = torch.float32, /, **arguments: Any) -> Any:
     """A te.Linear or LayerNormLinear [IN -> OUT], or LayerNormMLP [IN, FFN], no parameter of it trivial."""
-    sizes = {"Linear": (IN, OUT), "LayerNormLinear": (IN, OUT), "LayerNormMLP": (IN, FFN)}[name]
-    module = getattr(te, name)(*sizes, params_dtype=dtype, device=device, **arguments)
+    sizes = {"Linear": (IN, OUT), "LayerNormLinear": (IN, OUT), "LayerNormMLP": (IN, FFN)}[layer]
+    module = getattr(te, layer)(*sizes, params_dtype=dtype, device=device, **arguments)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_((torch.randn(parameter.shape) * 0.2).to(parameter))
@@ -165,10 +165,13 @@ def check(
     formula: Formula | None = None,
     call: Callable[..., Any] | None = None,
     dtype: torch.dtype | None = None,
+    kinks: bool = False,
 ) -> Step:
     """A step (delayed scaling: the second, with the scales of the first) whose outputs and gradients are those of the formula.
 
     dtype: what is computed in, if not x's. The MLP's outputs are two linears deep, its gradients four; the norm costs one more.
+    kinks: the activation has some; an error e puts a share e of values on the wrong side, which costs the gradients sqrt(e).
+    Fewer than 16 tokens average little: twice the depth.
     """
     for _ in range(2 if recipe == "delayed" else 1):
         result = step(module, x, recipe, call)
@@ -177,6 +180,8 @@ def check(
     expected = (formula or formula_of(module))(x64, p64)
     assert len(result.outputs) == len(expected)
     depth = {te.Linear: 1, te.LayerNormLinear: 2, te.LayerNormMLP: 3}.get(type(module), 1)
+    if x.shape[:-1].numel() < 16:
+        depth *= 2
     dtype = dtype or x.dtype
     for index, (output, want) in enumerate(zip(result.outputs, expected)):
         assert output.dtype == dtype, f"output {index} is {output.dtype}"
@@ -190,7 +195,8 @@ def check(
             continue
         assert grad is not None, f"no gradient of {name}"
         want = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        assert_close(grad, want, dtype, recipe, f"gradient of {name}", 2 * depth - 1)
+        beyond = 1 / TOLERANCES[dtype, recipe] if kinks else 0
+        assert_close(grad, want, dtype, recipe, f"gradient of {name}", 2 * depth - 1 + beyond)
     return result
 
 

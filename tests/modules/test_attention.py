@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from overdrive.functional import attention
 from overdrive.functional.attention import BACKENDS, Case, _chosen, attention_backends
@@ -253,13 +255,14 @@ def test_each_backend(name, device, monkeypatch):
 @pytest.mark.parametrize("name", USABLE)
 def test_each_backend_drops(name, device, monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", name)
-    step = next(backend for backend in BACKENDS if backend.name == name).dropout_step
+    if not next(backend for backend in BACKENDS if backend.name == name).dropout:
+        with pytest.raises(ValueError, match=f"OVERDRIVE_ATTENTION={name} cannot run this attention: has no dropout"):
+            probabilities(0.1, device, 0)
+        return
     for p in (0.1, 0.25):
-        if step is None or (step and p % step):
-            with pytest.raises(ValueError, match=f"OVERDRIVE_ATTENTION={name} cannot run this attention: .*dropout"):
-                probabilities(p, device, 0)
-        else:
-            assert abs((probabilities(p, device, 0)[0] == 0).double().mean().item() - p) < 5e-3
+        dropped, dv, dout = probabilities(p, device, 0)
+        assert abs((dropped == 0).double().mean().item() - p) < 5e-3
+        assert relative_error(dv, dropped.double().transpose(-1, -2) @ dout.double()) < 1e-2
 
 
 def test_unknown_backend_is_refused(monkeypatch):
@@ -272,6 +275,15 @@ def test_forced_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
     with pytest.raises(ValueError, match="OVERDRIVE_ATTENTION=flash-attn-4 cannot run this attention: runs on cuda only"):
         DotProductAttention(4, 8)(*draw())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_forced_backend_that_torch_refuses_says_why(monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "cudnn")
+    q, k, v = draw(device="cuda", dim=12, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"OVERDRIVE_ATTENTION=cudnn cannot run this attention: .*multiple of 8"):
+        DotProductAttention(4, 12)(q, k, v)
 
 
 def test_explanation_names_every_backend(device):
@@ -300,15 +312,14 @@ def test_doctor_gets_a_reason_for_each_missing_backend():
     ("change", "best"),
     [
         ({}, "cudnn"),
-        ({"dropout": 0.1}, "flash"),  # cuDNN would drop with probability 1/8
-        ({"dropout": 0.125}, "cudnn"),
-        ({"mask": "tensor"}, "cudnn"),
-        ({"mask": "tensor", "dropout": 0.1}, "efficient"),
+        ({"dropout": "any"}, "cudnn"),
+        ({"mask": "tensor", "dropout": "any"}, "cudnn"),
+        ({"head_dim": 512, "value_dim": 512, "mask": "tensor"}, "efficient"),
         ({"dtype": torch.float32}, "efficient"),
         ({"head_dim": 512, "value_dim": 512}, "efficient"),
         ({"dtype": torch.float64}, "math"),
         ({"device": "cpu"}, "cpu"),
-        ({"device": "cpu", "dropout": 0.1}, "math"),
+        ({"device": "cpu", "dropout": "any"}, "math"),
     ],
 )
 def test_preferences_on_hopper(change, best, monkeypatch):
@@ -316,10 +327,21 @@ def test_preferences_on_hopper(change, best, monkeypatch):
         return "" if device in backend.devices and not backend.package else "elsewhere"
 
     monkeypatch.setattr(attention, "_machine_refusal", usable)
-    case = Case("cuda", torch.bfloat16, "causal", 0.0, 128, 128, False, False)._replace(**change)
+    monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
+    case = Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, False)._replace(**change)
     assert _chosen.__wrapped__("", case).names[0] == best
     grouped = _chosen.__wrapped__("", case._replace(grouped=True))
     assert grouped.repeat == (best == "efficient")
+
+
+def test_blackwell_rounds_dropout(monkeypatch):
+    monkeypatch.setattr(
+        attention, "_machine_refusal", lambda backend, device: "" if backend.name in ("cudnn", "flash") else "elsewhere"
+    )
+    monkeypatch.setattr(attention, "_capability", lambda: (10, 0))
+    case = Case("cuda", torch.bfloat16, "causal", "any", 128, 128, False, False)
+    assert _chosen.__wrapped__("", case).names[0] == "flash"
+    assert _chosen.__wrapped__("", case._replace(dropout="sixteenths")).names[0] == "cudnn"
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------------
@@ -337,6 +359,26 @@ def test_compiles_to_the_same_bits(mask_type, keep, device):
         out = call(*inputs, mask, checkpoint_core_attention=keep)
         results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "padding"])
+def test_compiled_code_uses_the_backend_that_was_explained(mask_type, device):
+    kernels = set()
+
+    def capture(graph, _):
+        kernels.update(str(node.target) for node in graph.graph.nodes if "_scaled_dot_product" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    module = DotProductAttention(4, 64, attn_mask_type=mask_type)
+    compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=capture))
+    for length in (64, 80, 96):  # the second makes the length symbolic
+        q, k, v = draw(device=device, queries=length, dim=64, dtype=torch.bfloat16)
+        mask = None if mask_type == "causal" else mask_for(mask_type, 2, length, length).to(device)
+        assert torch.equal(compiled(q, k, v, mask), module(q, k, v, mask))
+        backend = module.explain(q, k, v, mask).backend
+    name = {"cpu": "flash_attention_for_cpu", "cudnn": "cudnn_attention"}[backend]
+    assert {kernel.split(".")[1] for kernel in kernels if "backward" not in kernel} == {f"_scaled_dot_product_{name}"}
 
 
 # --- bad inputs ---------------------------------------------------------------------------------------------------------

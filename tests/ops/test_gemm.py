@@ -9,7 +9,7 @@ import torch
 
 from overdrive.ops.gemm import dequantize, gemm
 from overdrive.ops.quantize import Mode
-from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw, layout
+from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,11 +136,3 @@ def test_every_scale_counts(mode_a, mode_b, device):
     out = gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False).cpu().double()
     sizes = a64.norm(dim=1)[:, None] * b64.norm(dim=1)  # each row by itself, or the largest would hide the others
     torch.testing.assert_close(out / sizes, a64 @ b64.t() / sizes, rtol=0, atol=1e-3)
-
-
-def test_layout_helper_keeps_values(device):
-    x = draw(5, 6, device=device)
-    for kind in LAYOUTS:
-        expected = x[:1].expand_as(x) if kind == "expanded" else x
-        assert_same_bits(layout(x, kind), expected)
-        assert layout(x, kind).is_contiguous() == (kind in ("contiguous", "offset"))

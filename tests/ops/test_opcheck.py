@@ -9,7 +9,7 @@ from overdrive.ops import activation, gemm, norm, quantize, residual, scaling  #
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
-from tests.numerics import E4M3, draw
+from tests.numerics import E4M3, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized, tail
 
 OPS = torch.ops.overdrive
@@ -117,3 +117,24 @@ def test_a_snapshot_has_the_size_asked_for(capacity, device):
     state = arena(torch.device(device, 0) if device == "cuda" else torch.device(device))
     state.reserve(2048)
     assert OPS.begin_step(state.counter, capacity, -1).shape == (capacity,)
+
+
+@pytest.mark.parametrize("setting", ["default dtype", "inference mode"])
+@pytest.mark.parametrize(("name", "which"), [(name, i) for name, cases in QUANTIZING.items() for i in range(len(cases))])
+def test_surroundings_change_nothing(name, which, setting, device):
+    """Another default dtype, or torch.inference_mode, gives the same bits."""
+    op = getattr(OPS, name).default
+    for q in tails(device)[:6]:
+        arguments = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in (*QUANTIZING[name][which](), *q))
+        expected = op(*arguments)
+        if setting == "inference mode":
+            with torch.inference_mode():
+                out = op(*arguments)
+        else:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                out = op(*arguments)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        for i, (actual, reference) in enumerate(zip(out, expected)):
+            assert_same_bits(actual, reference, f"output {i}")

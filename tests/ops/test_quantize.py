@@ -79,9 +79,10 @@ def test_anything(mode, fp8, dtype, tokens, features, kind, sides, power_of_2, b
 
 
 @pytest.mark.parametrize("value", SPECIAL)
+@pytest.mark.parametrize("dtype", FP8)
 @pytest.mark.parametrize("mode", MODES)
-def test_special_values_alone(mode, value, device):
-    check(torch.full((17, 144), value, device=device), tail(mode, E4M3, device, scale=3.0))
+def test_special_values_alone(mode, dtype, value, device):
+    check(torch.full((17, 144), value, device=device), tail(mode, dtype, device, scale=3.0))
 
 
 @pytest.mark.parametrize("dtype", FP8)
