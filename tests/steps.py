@@ -20,24 +20,17 @@ RECIPES: dict[str, Recipe | None] = {
 }
 SIZE, TOKENS = 64, 32
 
-_CANDIDATES: dict[str, tuple[str, Callable[..., torch.nn.Module]]] = {
-    "linear": ("Linear", lambda **kw: te.Linear(SIZE, SIZE, **kw)),
-    "layernorm": ("LayerNorm", lambda **kw: te.LayerNorm(SIZE, **kw)),
-    "rmsnorm": ("RMSNorm", lambda **kw: te.RMSNorm(SIZE, **kw)),
-    "layernorm_linear": ("LayerNormLinear", lambda **kw: te.LayerNormLinear(SIZE, SIZE, parameters_split=("q", "k"), **kw)),
-    "layernorm_mlp": ("LayerNormMLP", lambda **kw: te.LayerNormMLP(SIZE, 2 * SIZE, activation="swiglu", **kw)),
-    "checkpointing_mlp": ("LayerNormMLP", lambda **kw: te.LayerNormMLP(SIZE, 2 * SIZE, checkpoint=True, **kw)),
-    "attention": (
-        "MultiheadAttention",
-        lambda **kw: te.MultiheadAttention(SIZE, 4, attention_dropout=0.0, input_layernorm=True, qkv_format="bshd", **kw),
-    ),
-    "transformer_layer": (
-        "TransformerLayer",
-        lambda **kw: te.TransformerLayer(SIZE, 2 * SIZE, 4, attention_dropout=0.0, attn_input_format="bshd", **kw),
-    ),
+MODULES: dict[str, Callable[..., torch.nn.Module]] = {
+    "linear": lambda **kw: te.Linear(SIZE, SIZE, **kw),
+    "layernorm": lambda **kw: te.LayerNorm(SIZE, **kw),
+    "rmsnorm": lambda **kw: te.RMSNorm(SIZE, **kw),
+    "layernorm_linear": lambda **kw: te.LayerNormLinear(SIZE, SIZE, parameters_split=("q", "k"), **kw),
+    "layernorm_mlp": lambda **kw: te.LayerNormMLP(SIZE, 2 * SIZE, activation="swiglu", **kw),
+    "checkpointing_mlp": lambda **kw: te.LayerNormMLP(SIZE, 2 * SIZE, checkpoint=True, **kw),
+    "attention": lambda **kw: te.MultiheadAttention(SIZE, 4, attention_dropout=0.0, input_layernorm=True, qkv_format="bshd", **kw),
+    "transformer_layer": lambda **kw: te.TransformerLayer(SIZE, 2 * SIZE, 4, attention_dropout=0.0, attn_input_format="bshd", **kw),
 }
-MODULES = {name: make for name, (exported, make) in _CANDIDATES.items() if hasattr(te, exported)}
-"""Layers [batch, TOKENS / batch, SIZE] -> the same shape; those that overdrive.pytorch exports."""
+"""Layers [batch, TOKENS / batch, SIZE] -> the same shape."""
 
 
 def stack(*names: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.nn.Sequential:

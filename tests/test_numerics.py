@@ -59,7 +59,7 @@ def test_bits():
             assert_same_bits(x, torch.tensor([-0.0, 0.0, 1.0, math.nan]).to(dtype))
     all_bytes = torch.arange(256, dtype=torch.uint8)
     assert_same_bits(all_bytes[0x7E:0x80].view(E5M2), all_bytes[0xFE:0xFF].view(E5M2).expand(2))  # NaNs of any payload
-    with pytest.raises(AssertionError, match="torch.float32"):
+    with pytest.raises(AssertionError, match=r"torch\.float32"):
         assert_same_bits(torch.ones(1), torch.ones(1).bfloat16())
 
 

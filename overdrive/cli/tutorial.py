@@ -150,7 +150,6 @@ def share_parameters_with_transformerlayer_te_model(te_model: Any, basic_model: 
     """Let a `te.TransformerLayer` use the parameters of the plain PyTorch layer."""
     attention = te_model.self_attention
     # One QKV weight takes the place of three; its rows are those of the plain layer: Q, K and V of a head, then of the next.
-    attention.qkv_weight_interleaved = True
     _share(attention.layernorm_qkv, basic_model.ln1, "layer_norm_")
     _share(attention.layernorm_qkv, basic_model.qkv_projection)
     _share(attention.proj, basic_model.projection)

@@ -11,7 +11,6 @@ from overdrive.functional.gemm import (
     GemmOptions,
     for_backward,
     forward_product,
-    grad_operand,
     input_gradient,
     input_operand,
     weight_gradients,
@@ -19,6 +18,7 @@ from overdrive.functional.gemm import (
 )
 from overdrive.functional.linear import Parameters, gradients, read
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize
+from overdrive.functional.qkv import QKVLayout, output_count, outputs_gradient, outputs_of
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import pack, unpack
 
@@ -32,6 +32,7 @@ class LayerNormLinearOptions:
     gemm: GemmOptions
     return_norm: bool = False
     return_residual: bool = False
+    qkv: QKVLayout | None = None
 
 
 class _LayerNormLinear(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _LayerNormLinear(torch.autograd.Function):
         of_norm = (x_TK, gamma, mean, rstd) if opts.input_grad else (None,) * 4
         ctx.save_for_backward(*tensors, snapshot, slots, *of_norm)
         ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
-        outputs = [y_TN.view(*x.shape[:-1], y_TN.shape[1])]
+        outputs = list(outputs_of(y_TN.view(*x.shape[:-1], y_TN.shape[1]), options.qkv))
         if options.return_norm:
             outputs.append(cast(torch.Tensor, norm_out).view(x.shape))
         if options.return_residual:
@@ -64,14 +65,13 @@ class _LayerNormLinear(torch.autograd.Function):
         *tensors, snapshot, slots, x, gamma, mean, rstd = ctx.saved_tensors
         options, opts, scales = ctx.options, ctx.options.gemm, Scales(snapshot, slots)
         norm_op, w_op = unpack(tensors, ctx.layout)
-        dy = grads[0]
-        dy_op, dbias = grad_operand(dy.reshape(-1, dy.shape[-1]), opts, scales)
+        dy_op, dbias = outputs_gradient(grads, options.qkv, opts, scales)
         dparameters = gradients(ctx.count, weight_gradients(dy_op, norm_op, opts), dbias, opts)
         if not opts.input_grad:
             return (None,) * 6 + dparameters
         dnorm = input_gradient(dy_op, w_op, opts)
         if options.return_norm:
-            dnorm = dnorm + grads[1].reshape(dnorm.shape)
+            dnorm = dnorm + grads[output_count(options.qkv)].reshape(dnorm.shape)
         dresidual = grads[-1].reshape(x.shape) if options.return_residual else None
         dx, dgamma, dbeta = norm_gradient(dnorm, x, gamma, mean, rstd, dresidual, options.norm)
         return dx.view(ctx.shape), dgamma, dbeta, None, None, None, *dparameters
@@ -85,5 +85,5 @@ def layernorm_linear(
     scales: Scales,
     options: LayerNormLinearOptions,
 ) -> tuple[torch.Tensor, ...]:
-    """x [..., K] -> (y [..., N], norm output [..., K] if asked for, x [..., K] if asked for)."""
+    """x [..., K] -> (y [..., N] or Q, K and V, norm output [..., K] if asked for, x [..., K] if asked for)."""
     return _LayerNormLinear.apply(x, gamma, beta, scales.snapshot, scales.slots, options, *parameters.flat())

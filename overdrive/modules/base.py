@@ -15,7 +15,7 @@ from overdrive.modules.checks import InitMethod, mark_sequence_parallel
 from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.quantize import PAD
 from overdrive.scaling.arena import SlotRange, with_index
-from overdrive.scaling.autocast import Context
+from overdrive.scaling.autocast import Context, renew_snapshot
 from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
 from overdrive.scaling.tensor import QuantizedTensor
 
@@ -152,6 +152,11 @@ class Module(nn.Module):
             if linear.split and name in linear.fused and linear.weights[0] in self._parameters:
                 self._use_fused(index)
 
+    @property
+    def has_split_parameters(self) -> bool:
+        """Whether a weight is made of several parameters."""
+        return any(linear.split for linear in self._linears)
+
     def _parameters_of(self, index: int, with_bias: bool = True, dtype: torch.dtype | None = None) -> Parameters:
         linear = self._linears[index]
         if linear.split and not torch.compiler.is_compiling():
@@ -178,6 +183,7 @@ class Module(nn.Module):
     def _add_slots(self, gemms: int, device: torch.device) -> None:
         self._slot_range = SlotRange(gemms, device)
         self.register_buffer("_slots", self._slot_range.indices(device), persistent=False)
+        renew_snapshot(device)
 
     @property
     def _device(self) -> torch.device:
@@ -193,6 +199,7 @@ class Module(nn.Module):
                 state = self._slot_range.export(before)
                 if state is not None:
                     self._slot_range.restore(state, self._device)
+                renew_snapshot(self._device)
         self._fuse()
         return self
 
@@ -216,9 +223,10 @@ class Module(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._weight_cache.clear()
         self._fuse()
-        if isinstance(state, torch.Tensor) and state.dtype == torch.float32 and self._slot_range is not None:
+        if isinstance(state, torch.Tensor) and state.dtype == torch.float32 and state.numel() and self._slot_range is not None:
             try:
                 self._slot_range.restore(state, self._device)
+                renew_snapshot(self._device)
             except ValueError as error:
                 error_msgs.append(f"{prefix}_extra_state: {error}")
         else:
@@ -242,6 +250,7 @@ class Module(nn.Module):
             self._slots = self._slot_range.indices(self._device)
             if exported is not None:
                 self._slot_range.restore(exported, self._device)
+            renew_snapshot(self._device)
         self._fuse()
 
     # --- one call ---------------------------------------------------------------------------------------------------
@@ -267,8 +276,8 @@ class Module(nn.Module):
             )
         return inp.dtype
 
-    def _rules(self, context: Context, tokens: int, *features: int) -> Rules | None:
-        """The rules this call follows; None where FP8 cannot take the layer's features, said once."""
+    def _rules(self, context: Context, training: bool, tokens: int, *features: int) -> Rules | None:
+        """The rules this call follows; None where FP8 cannot take the layer's features, said once. Evaluation records no amaxes."""
         rules = context.rules
         if rules is None:
             return None
@@ -283,7 +292,8 @@ class Module(nn.Module):
                 f"FP8 GEMMs need token counts divisible by {PAD}, this layer got {tokens}: it runs padded to "
                 f"{-(-tokens // PAD) * PAD}. Use a batch x sequence divisible by {PAD} to avoid the extra work."
             )
-        return rules.at(0, record=False) if context.replayed else rules
+        silent = context.replayed or (rules.quantizes and not training)
+        return rules.at(0, record=False) if silent else rules
 
     def _warn_once(self, message: str) -> None:
         if not torch.compiler.is_compiling() and not self._warned:
@@ -340,7 +350,8 @@ def warn_of_foreign_state(key: str, state: Any) -> None:
     if state is None or (isinstance(state, torch.Tensor) and state.numel() == 0):
         return
     warnings.warn(
-        f"{key} is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and settle within a few steps",
+        f"{key} is not overdrive's and was not read (it may hold pickled code); FP8 scales start afresh and settle within a few "
+        "steps",
         stacklevel=3,
     )
 

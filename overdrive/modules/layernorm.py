@@ -99,7 +99,7 @@ class _NormModule(Module):
             gamma = self.weight.reshape(-1)
             beta = None if self.bias is None else self.bias.reshape(-1)
             if fp8_output:
-                rules = self._rules(context, flat.numel() // size, size)
+                rules = self._rules(context, training, flat.numel() // size, size)
                 out = layer_norm(flat, gamma, beta, options, rules, self._scales(context), training)
             else:
                 out = layer_norm(flat, gamma, beta, options)

@@ -9,6 +9,7 @@ from torch import nn
 
 from overdrive.functional.layernorm_linear import LayerNormLinearOptions, layernorm_linear
 from overdrive.functional.norm import NormOptions
+from overdrive.functional.qkv import QKVLayout
 from overdrive.modules.base import Module, without_autocast
 from overdrive.modules.checks import (
     NORMALIZATIONS,
@@ -138,21 +139,30 @@ class LayerNormLinear(Module):
         kernel."""
         return self._forward(inp, is_first_microbatch, residual=True)
 
-    def _forward(self, inp: torch.Tensor, is_first_microbatch: bool | None, residual: bool) -> Any:
+    def forward_qkv(
+        self, inp: torch.Tensor, layout: QKVLayout, is_first_microbatch: bool | None = None, residual: bool = False
+    ) -> Any:
+        """forward, or forward_with_residual, with a tuple (Q, K, V) for the output: their gradients come back without a
+        concatenation."""
+        return self._forward(inp, is_first_microbatch, residual, layout)
+
+    def _forward(self, inp: torch.Tensor, is_first_microbatch: bool | None, residual: bool, qkv: QKVLayout | None = None) -> Any:
         dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
         context, training = current_context()
         with without_autocast(inp.device):
             parameters = self._parameters_of(0, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             gamma, beta = self.layer_norm_weight, self.layer_norm_bias
-            rules = self._rules(context, inp.numel() // self.in_features, self.in_features, self.out_features)
+            rules = self._rules(context, training, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
             input_grad = inp.requires_grad or gamma.requires_grad or (beta is not None and beta.requires_grad)
             gemm = self._gemm_options(0, rules, dtype, parameters, input_grad, training, is_first_microbatch)
             parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
-            options = LayerNormLinearOptions(self._norm, gemm, self.return_layernorm_output, residual)
+            options = LayerNormLinearOptions(self._norm, gemm, self.return_layernorm_output, residual, qkv)
             out, *rest = layernorm_linear(inp, gamma, beta, parameters, scales, options)
-        outputs: list[torch.Tensor | None] = [out]
+        if qkv is not None:
+            out, rest = (out, *rest[:2]), rest[2:]
+        outputs: list[Any] = [out]
         if self.return_bias:
             outputs.append(self._whole_bias(0, dtype))
         if self.return_layernorm_output:

@@ -167,7 +167,7 @@ class LayerNormMLP(Module):
             if front is not None and front.residual.dtype != dtype:
                 front.residual = front.residual.to(dtype)
             gamma, beta = self.layer_norm_weight, self.layer_norm_bias
-            rules = self._rules(context, inp.numel() // self.hidden_size, self.hidden_size, self.ffn_hidden_size)
+            rules = self._rules(context, training, inp.numel() // self.hidden_size, self.hidden_size, self.ffn_hidden_size)
             scales = self._scales(context)
             leaves = (inp, gamma, beta, *(() if front is None else (front.residual, front.bias)))
             into_norm = any(leaf is not None and leaf.requires_grad for leaf in leaves)

@@ -113,7 +113,7 @@ class Linear(Module):
         with without_autocast(inp.device):
             parameters = self._parameters_of(0, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
-            rules = self._rules(context, inp.numel() // self.in_features, self.in_features, self.out_features)
+            rules = self._rules(context, training, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
             gemm = self._gemm_options(0, rules, dtype, parameters, inp.requires_grad, training, is_first_microbatch)
             parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from overdrive.functional.attention import split_qkv
 from overdrive.functional.attention_mask import Mask
+from overdrive.functional.qkv import QKVLayout, outputs_of
 from overdrive.modules.attention import LATER, DotProductAttention, gqa_groups, qkv_layout
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.layernorm_linear import LayerNormLinear
@@ -103,7 +103,7 @@ class MultiheadAttention(torch.nn.Module):
         self.qkv_format = qkv_layout(self._label, qkv_format)
         self.input_layernorm, self.return_bias = input_layernorm, return_bias
         self.return_layernorm_output = return_layernorm_output and input_layernorm
-        self.qkv_weight_interleaved = qkv_weight_interleaved and fuse_qkv_params
+        self.qkv_weight_interleaved = qkv_weight_interleaved  # split parameters lie as [Q; K; V] whatever it says
         one_of(self._label, "normalization", normalization, NORMALIZATIONS)
 
         query_size, kv_size = (n * self.hidden_size_per_attention_head for n in (num_attention_heads, self.num_gqa_groups))
@@ -243,21 +243,30 @@ class MultiheadAttention(torch.nn.Module):
                 f"{self._label}: hidden_states must be [{', '.join(self.qkv_format[:2])}, hidden_size={self.hidden_size}], "
                 f"got shape {list(hidden.shape)}"
             )
-        residual, norm_out = hidden, []
-        if not self.input_layernorm:
-            qkv = self.qkv(hidden, is_first_microbatch=first)
-        elif keep_residual:
-            qkv, residual = with_residual(self.layernorm_qkv, hidden, is_first_microbatch=first)
-        else:
-            qkv = self.layernorm_qkv(hidden, is_first_microbatch=first)
-        if self.return_layernorm_output:
-            qkv, *norm_out = qkv
-        sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
-        out = self.proj(
-            self.core_attention(*split_qkv(qkv, *sizes, self.qkv_weight_interleaved), **attention), is_first_microbatch=first
-        )
+        (query, key, value), norm_out, residual = self._project(hidden, first, keep_residual)
+        out = self.proj(self.core_attention(query, key, value, **attention), is_first_microbatch=first)
         if self.return_bias:
             out = (*out, *norm_out)
         elif norm_out:
             out = (out, *norm_out)
         return out, residual
+
+    def _project(
+        self, hidden: torch.Tensor, first: bool | None, keep_residual: bool
+    ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        """((Q, K, V), the norm's output if it is to be returned, hidden for the residual branch)."""
+        module = self.layernorm_qkv if self.input_layernorm else self.qkv
+        sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
+        layout = QKVLayout(*sizes, self.qkv_weight_interleaved and not module.has_split_parameters)
+        residual, norm_out = hidden, []
+        if watched(module, "forward_qkv"):
+            qkv = module(hidden, is_first_microbatch=first)
+            if self.return_layernorm_output:
+                qkv, *norm_out = qkv
+            return outputs_of(qkv, layout), norm_out, residual
+        qkv = module.forward_qkv(hidden, layout, first, keep_residual)
+        if keep_residual:
+            qkv, residual = qkv
+        if self.return_layernorm_output:
+            qkv, *norm_out = qkv
+        return qkv, norm_out, residual

@@ -45,7 +45,8 @@ class Arena:
     """Delayed scaling's mutable state on one device, one column per slot.
 
     amax: f32 [slots], largest |x| recorded since the last step, UNTOUCHED if none.
-    owner: i32 [slots], the tenant that recorded last, or RESTORED. history: f32 [length, slots], a ring. position: i32 [slots], steps rolled.
+    owner: i32 [slots], the tenant that recorded last, or RESTORED.
+    history: f32 [length, slots], a ring. position: i32 [slots], steps rolled.
     scale: f32 [slots]. counter: i32 [1], only there to order `begin_step` calls under torch.compile.
     """
 

@@ -12,7 +12,7 @@ import torch
 from overdrive.ops.scaling import begin_step
 from overdrive.recipe import DelayedScaling, Recipe
 from overdrive.scaling import recompute
-from overdrive.scaling.arena import SLOTS, tenant_of
+from overdrive.scaling.arena import SLOTS, tenant_of, with_index
 from overdrive.scaling.quantizers import Rules, rules_for
 from overdrive.scaling.support import usable
 
@@ -139,6 +139,13 @@ def fp8_autocast(
 ) -> contextlib.AbstractContextManager[None]:
     """The older name of `autocast`."""
     return autocast(enabled, calibrating, fp8_recipe, fp8_group, _graph)
+
+
+def renew_snapshot(device: torch.device) -> None:
+    """Tell the autocast that is on of slots handed out or restored since it was entered."""
+    snapshots, device = STATE.context.snapshots, with_index(device)
+    if snapshots is not None and device in SLOTS.counters:
+        snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
 
 
 def current_context() -> tuple[Context, bool]:

@@ -47,7 +47,7 @@ def test_every_activation_in_float32(activation, device):
     check(build("LayerNormMLP", device, activation=activation), features(*TOKENS, device=device))
 
 
-@pytest.mark.parametrize("params", [{"limit": 1.5}, {"alpha": 0.5}, {"limit": 1.2, "alpha": 3}])
+@pytest.mark.parametrize("params", [{"limit": 2.5}, {"alpha": 0.5}, {"limit": 2, "alpha": 3}])
 @recipes
 def test_activation_params(recipe, params, device):
     module = build("LayerNormMLP", device, activation="clamped_swiglu", activation_params=params)

@@ -81,7 +81,7 @@ def test_padding_is_said_once_with_the_layer_the_count_and_the_remedy(recipe, la
         assert part in warned.texts[0]
 
 
-@pytest.mark.parametrize("sizes", [(50, 32), (48, 33), (1, 1), (7, 130)])
+@pytest.mark.parametrize("sizes", [(50, 32), (48, 33), (17, 15), (7, 130)])
 @layers
 @recipes
 def test_features_that_fp8_does_not_take_run_in_high_precision_and_say_so_once(recipe, layer, sizes, device):
@@ -100,6 +100,14 @@ def test_features_that_fp8_does_not_take_run_in_high_precision_and_say_so_once(r
     for text in warned.texts:
         for part in (layer, f"{sizes[0]} x {sizes[1]}", "divisible by 16", "high precision", "Round its sizes up"):
             assert part in text
+
+
+@layers
+def test_one_feature(layer, device):
+    module = getattr(te, layer)(1, 1, device=device)
+    x = torch.randn(5, 1).to(device)
+    p64 = {name: p.detach().cpu().double() for name, p in module.named_parameters()}
+    assert relative_error(module(x), formula_of(module)(x.cpu().double(), p64)[0]) < 1e-5
 
 
 def test_each_layer_warns_for_itself(device):

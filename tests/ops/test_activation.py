@@ -145,11 +145,11 @@ def test_quantized_output_is_the_output_quantized(name, mode, fp8, shape, device
     forward, backward = (x, name, LIMIT, ALPHA), (dy, x, name, LIMIT, ALPHA)
 
     y32 = activation(*on_cpu(forward), *plain(torch.float32))[0]
-    assert_quantized_alike(Quantized(*activation(*forward, *q)), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), name)
+    assert_quantized_alike(Quantized(*activation(*forward, *q)), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), q, name)
 
     dx32, *_, expected_sum = activation_backward(*on_cpu(backward), True, *plain(torch.float32))
     *dx, column_sum = activation_backward(*backward, True, *q)
-    assert_quantized_alike(Quantized(*dx), Quantized(*quantize(dx32, False, *on_cpu(q))[:4]), f"d {name}")
+    assert_quantized_alike(Quantized(*dx), Quantized(*quantize(dx32, False, *on_cpu(q))[:4]), q, f"d {name}")
     if device == "cpu":
         assert_same_bits(column_sum, expected_sum)
     else:

@@ -135,4 +135,4 @@ def test_every_scale_counts(mode_a, mode_b, device):
     b, scale_b, b64 = operand(x, mode_b)
     out = gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False).cpu().double()
     sizes = a64.norm(dim=1)[:, None] * b64.norm(dim=1)  # each row by itself, or the largest would hide the others
-    torch.testing.assert_close(out / sizes, a64 @ b64.t() / sizes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(out / sizes, a64 @ b64.t() / sizes, rtol=0, atol=4e-3)  # a wrong scale is 4 times off

@@ -100,7 +100,7 @@ def test_quantized_output_is_the_output_quantized(mode, fp8, shape, rms, zero_ce
     arguments, q = (x, gamma, beta, EPS, zero_centered, rms, 0), tail(mode, fp8, device, scale=60.0)
     *out, mean, rstd = norm(*arguments, *q)
     y32, *_, cpu_mean, cpu_rstd = norm(*on_cpu(arguments), *plain(torch.float32))
-    assert_quantized_alike(Quantized(*out), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), "norm")
+    assert_quantized_alike(Quantized(*out), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), q, "norm")
     torch.testing.assert_close((mean.cpu(), rstd.cpu()), (cpu_mean, cpu_rstd), rtol=2e-6, atol=2e-6)
 
 

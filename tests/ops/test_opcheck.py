@@ -9,6 +9,7 @@ from overdrive.ops import activation, gemm, norm, quantize, residual, scaling  #
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
+from overdrive.scaling.arena import SlotRange
 from tests.numerics import E4M3, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized, tail
 
@@ -69,9 +70,10 @@ OTHERS = {
         lambda: (torch.zeros(1, dtype=torch.int32), 1024, -1),
         lambda: (torch.zeros(1, dtype=torch.int32), 1024, tenant_id(DelayedScaling(amax_history_len=4), None)),
     ],
-    "record_amax": [lambda: (torch.zeros(1, dtype=torch.int32), x(), torch.tensor([1], dtype=torch.int32), 0, TENANT)],
+    "record_amax": [lambda: (torch.zeros(1, dtype=torch.int32), x(), OWN.indices(torch.device("cpu")), 0, TENANT)],
 }
 TENANT = tenant_id(DelayedScaling(), None)
+OWN = SlotRange(1, torch.device("cpu"))
 
 
 def fp8_operands(mode_a: Mode, mode_b: Mode) -> tuple[torch.Tensor, ...]:
@@ -81,7 +83,7 @@ def fp8_operands(mode_a: Mode, mode_b: Mode) -> tuple[torch.Tensor, ...]:
 
 def tails(device: str) -> list[Quantization]:
     """PLAIN; every mode with both layouts, and with one; recording."""
-    recorded = tail(Mode.DELAYED, E4M3, device)._replace(tenant=TENANT)
+    recorded = Quantization(Mode.DELAYED, E4M3, torch.ones(1024, device=device), OWN.indices(torch.device(device)), 1, TENANT)
     quantizing = [tail(mode, E4M3, device, col=col, row=not col or mode % 2 == 0) for mode in MODES for col in (False, True)]
     quantizing += [tail(mode, E4M3, device, power_of_2=True) for mode in (Mode.CURRENT, Mode.BLOCK_1D)]
     return [Quantization(Mode.PLAIN, torch.bfloat16), Quantization(Mode.PLAIN, torch.float32), recorded, *quantizing]

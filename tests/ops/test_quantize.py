@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overdrive.ops.quantize import Mode, Quantization, Quantized, quantize
-from overdrive.ops.scaling import UNTOUCHED, arena, tenant_id
+from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
+from overdrive.scaling.arena import SlotRange
 from tests.numerics import E4M3, LAYOUTS, assert_close, assert_same_bits, bits, draw, layout
 from tests.ops.quantized import FP8, GRIDS, MODES, PER_TENSOR, assert_by_hand, encode, quantized, tail
 
@@ -132,20 +133,18 @@ def test_plain_is_a_cast(dtype, device):
     ],
 )
 def test_delayed_records_the_amax(values, amax, device):
-    x, slots = torch.tensor(values, device=device), torch.tensor([7, 5], dtype=torch.int32, device=device)
-    state, tenant = arena(x.device), tenant_id(DelayedScaling(), None)
-    state.amax[5], state.owner[5] = UNTOUCHED, -1
-    before = bits(state.amax[:8])
-    scales = torch.ones(8, device=device)
-    arguments = (Mode.DELAYED, E4M3, scales, slots, 1)
+    x, own = torch.tensor(values, device=device), SlotRange(1, torch.device(device))
+    slots, state, tenant = own.indices(x.device), arena(x.device), tenant_id(DelayedScaling(), None)
+    before, at = bits(state.amax), own.start + 3
+    scales = torch.ones(state.capacity, device=device)
+    arguments = (Mode.DELAYED, E4M3, scales, slots, 3)
     quantize(x, False, *arguments, -1, False, True, False)
-    assert (bits(state.amax[:8]) == before).all(), "a tenant below 0 records nothing"
+    assert (bits(state.amax) == before).all(), "a tenant below 0 records nothing"
     quantize(x, False, *arguments, tenant, False, False, True)
     quantize(x / 2, False, *arguments, tenant, False, True, True)  # a smaller amax later in the step changes nothing
-    before[5] = bits(torch.tensor([amax]))[0]
-    assert (bits(state.amax[:8]) == before).all()
-    assert state.owner[5] == tenant
-    state.amax[5] = UNTOUCHED
+    before[at] = bits(torch.tensor([amax]))[0]
+    assert (bits(state.amax) == before).all()
+    assert state.owner[at] == tenant
 
 
 @pytest.mark.gpu

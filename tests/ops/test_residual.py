@@ -119,14 +119,19 @@ def test_norm_of_the_sum(shape, mode, rms, zero_centered, with_bias, p, device):
     out, *quantized, mean, rstd = residual_norm(*sums, *parameters, *q)
 
     expected = residual_add(*on_cpu(sums))
-    assert_same_bits(out, expected, "sum")
+    if device == "cpu":
+        assert_same_bits(out, expected, "sum")
+    else:  # one rounding less where product and sum are fused
+        assert_close(out, expected.double(), dtype, what="sum")
+        assert (out.cpu() != expected).sum() <= max(2, 0.01 * out.numel())
+    expected = out.cpu()
     plain = (Mode.PLAIN, torch.float32, None, None, 0, -1, False, True, False)
     y32, *_, expected_mean, expected_rstd = norm(expected, *on_cpu(parameters), *plain)
     torch.testing.assert_close((mean.cpu(), rstd.cpu()), (expected_mean, expected_rstd), rtol=2e-6, atol=2e-6)
     if mode == Mode.PLAIN:
         assert_close(quantized[0], y32.double(), dtype)
     else:
-        assert_quantized_alike(Quantized(*quantized), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), "norm of the sum")
+        assert_quantized_alike(Quantized(*quantized), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), q, "norm of the sum")
 
 
 def test_mixed_dtypes(device):

@@ -11,6 +11,7 @@ import torch
 
 from overdrive.ops.scaling import UNTOUCHED, Arena, arena, begin_step, record_amax, tenant_id
 from overdrive.recipe import DelayedScaling, Format
+from overdrive.scaling.arena import SlotRange
 from tests.numerics import assert_same_bits
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -21,23 +22,20 @@ def tenant(length: int = 1, **fields) -> int:
 
 
 class Slots:
-    """An arena and a few of its slots, driven by the ops as a layer would."""
+    """An arena and the slots of two GEMMs in it, driven by the ops as a layer would."""
 
     def __init__(self, device: str) -> None:
-        self.state = arena(torch.device(device, 0) if device == "cuda" else torch.device(device))
-        self.state.amax.fill_(UNTOUCHED)
-        self.state.owner.fill_(-1)
-        self.state.history.zero_()
-        self.state.position.zero_()
-        self.state.scale.fill_(1)
-        self.indices = torch.arange(8, dtype=torch.int32, device=device)
+        self.range = SlotRange(2, torch.device(device))
+        self.indices = self.range.indices(torch.device(device))
+        self.columns = slice(self.range.start, self.range.start + 8)
+        self.state = arena(self.indices.device)
 
     def record(self, slot: int, amax: float, tenant: int) -> None:
         x = torch.tensor([[0.0, -amax, amax / 2]], device=self.indices.device)
         record_amax(self.state.counter, x, self.indices, slot, tenant)
 
     def step(self, tenant: int) -> list[float]:
-        return begin_step(self.state.counter, self.state.capacity, tenant)[:8].tolist()
+        return begin_step(self.state.counter, self.state.capacity, tenant)[self.columns].tolist()
 
 
 @pytest.fixture
@@ -72,12 +70,12 @@ def test_format_by_slot(slots, slot, fp8_max):
 def test_odd_amaxes(slots, amax, scale, algo):
     """0, inf and NaN keep the scale; a scale that would be infinite is FP32_MAX."""
     rules = tenant(amax_compute_algo=algo)
-    slots.state.scale[1] = 7.0
+    slots.state.scale[slots.columns.start + 1] = 7.0
     slots.record(1, amax, rules)
     amax = torch.tensor(amax)
     expected = (torch.tensor(448.0) / amax).item() if scale is None else scale
     assert slots.step(rules)[1] == expected
-    assert_same_bits(slots.state.history[0, 1], amax.abs(), "history")
+    assert_same_bits(slots.state.chronological()[0, slots.columns.start + 1], amax.abs(), "history")
 
 
 def test_most_of_a_step_counts_and_nan_wins(slots):
@@ -110,7 +108,7 @@ def test_history_is_a_window(slots, algo):
 
 def test_callable_sees_the_newest_step_first(slots):
     seen = []
-    rules = tenant(4, amax_compute_algo=lambda history: seen.append(history[:, 0].tolist()) or history[0])
+    rules = tenant(4, amax_compute_algo=lambda history: seen.append(history[:, slots.columns.start].tolist()) or history[0])
     for amax in (1.0, 2.0, 3.0, 4.0, 5.0):
         slots.record(0, amax, rules)
         slots.step(rules)
@@ -141,7 +139,7 @@ def test_tenants_keep_apart(slots):
         assert after_long[0] == after_short[0], "a step of one tenant leaves the other's slots alone"
         peaks.append((448 / after_long[0], 448 / after_long[1], 448 / after_short[1]))
     assert peaks == [(16, 448, 16), (16, 16, 16), (16, 16, 8), (16, 8, 4), (16, 4, 2), (8, 2, 1)]
-    assert slots.state.position[:3].tolist() == [6, 6, 0]
+    assert slots.state.position[slots.columns][:3].tolist() == [6, 6, 0]
 
 
 def test_reserve_keeps_everything(slots, device):

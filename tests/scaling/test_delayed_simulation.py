@@ -8,8 +8,9 @@ import torch
 
 import overdrive.pytorch as te
 from overdrive.ops.quantize import Mode, quantize
-from overdrive.ops.scaling import UNTOUCHED, arena, begin_step, tenant_id
+from overdrive.ops.scaling import arena, begin_step, tenant_id
 from overdrive.recipe import DelayedScaling, Format
+from overdrive.scaling.arena import SlotRange
 from tests.numerics import E4M3, assert_close, assert_same_bits
 from tests.ops.quantized import encode
 from tests.scaling.simulation import SimulatedSlot, tensors
@@ -63,13 +64,10 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_ops(name, device):
     """begin_step and quantize on an input, a weight and a gradient slot, each used once, twice or not at all in a step."""
-    recipe, first = RECIPES[name], 100
+    recipe, own = RECIPES[name], SlotRange(1, torch.device(device))
     fp8 = recipe.fp8_format.value
-    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    state, tenant = arena(where), tenant_id(recipe, None)
-    layer = torch.arange(first, first + 5, dtype=torch.int32, device=where)
-    state.amax[layer], state.position[layer], state.scale[layer] = UNTOUCHED, 0, 1.0
-    state.history[:, layer] = 0
+    first, layer, tenant = own.start, own.indices(torch.device(device)), tenant_id(recipe, None)
+    where, state = layer.device, arena(layer.device)
     odd = 0.1 if recipe.amax_history_len <= 16 else 0.003  # an inf or NaN stops the scale as long as the history holds it
     slots = [
         (slot, dtype, simulated(recipe, largest), tensors(SHAPE, seed, odd))
