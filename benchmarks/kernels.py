@@ -1,4 +1,4 @@
-"""Bandwidth of every kernel at [8192, 4096..16384] in bf16, beside a device copy in the same run: python benchmarks/kernels.py [filter]
+"""Bandwidth of every kernel at [8192, 4096..16384] in bf16 beside a device copy in one run: python benchmarks/kernels.py [filter]
 
 TB/s counts each input read once and each output written once. "host" is the time to launch, with inputs too small to matter.
 """
@@ -13,6 +13,7 @@ from triton.testing import do_bench
 
 from overdrive.ops.activation import activation, activation_backward
 from overdrive.ops.norm import norm, norm_backward
+from overdrive.ops.qkv import qkv_gradient
 from overdrive.ops.quantize import Mode, Quantization, quantize
 from overdrive.ops.residual import residual_add, residual_backward, residual_norm
 from overdrive.ops.scaling import arena, begin_step, tenant_id
@@ -56,6 +57,9 @@ def cases(tokens: int, device: torch.device):
         yield f"swiglu 16384 {name}", activation, (x[16384], "swiglu", 0.0, 0.0, *q)
         yield f"dgelu 16384 {name} + bias", activation_backward, (x[16384], x[16384].clone(), "gelu", 0.0, 0.0, True, *q)
         yield f"dswiglu 16384 {name}", activation_backward, (x[8192], x[16384], "swiglu", 0.0, 0.0, False, *q)
+    heads = [x[4096].clone().view(-1, 4, 32, 128) for _ in range(3)]
+    for name, q in {"plain": plain, "delayed": delayed}.items():
+        yield f"qkv gradient 3 x 4096 {name} + bias", qkv_gradient, (*heads, True, True, *q)
     for name, q in {"plain": plain, **modes}.items():
         yield f"layernorm 4096 {name}", norm, (x[4096], gamma, gamma, 1e-5, False, False, 0, *q)
     yield "rmsnorm 4096 plain", norm, (x[4096], gamma, None, 1e-5, False, True, 0, *plain)

@@ -7,6 +7,7 @@ they answer in the query's memory order, so nothing is copied after it either.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overdrive.functional.attention_mask import Mask, MaskKind, score_mask
+from overdrive.ops.library import constant_result
 
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
@@ -170,7 +172,7 @@ def _chosen(forced: str, case: Case) -> Route:
     return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _route(*case) -> tuple[tuple[str, ...], bool]:
     """The Route of a Case; the forced backend alone if there is one."""
     route = _chosen(os.environ.get(VARIABLE, ""), Case(*case))
@@ -307,20 +309,32 @@ class Decision(NamedTuple):
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over.items()])
 
 
+_TORCH_CALLS_IT = {
+    SDPBackend.CUDNN_ATTENTION: ("cuDNN attention", torch.backends.cuda.can_use_cudnn_attention),
+    SDPBackend.FLASH_ATTENTION: ("Flash attention", torch.backends.cuda.can_use_flash_attention),
+    SDPBackend.EFFICIENT_ATTENTION: ("Memory efficient", torch.backends.cuda.can_use_efficient_attention),
+}
+
+
 def _torch_refusal(backend: Backend, query, key, value, mask, causal, dropout) -> str:
     """Why torch would not run `backend` on these very tensors, or ""."""
-    ask = {
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
-    }.get(backend.sdpa)  # pyright: ignore[reportArgumentType]
-    if ask is None or not query.is_cuda:
+    if not query.is_cuda or backend.sdpa not in _TORCH_CALLS_IT:
         return ""
-    params = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, query.shape[1] != key.shape[1])
-    with warnings.catch_warnings(record=True) as caught:
+    title, usable = _TORCH_CALLS_IT[backend.sdpa]
+    grouped = query.shape[1] != key.shape[1]
+    if usable(torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, grouped)):
+        return ""
+    # asked for the impossible, torch warns of each backend's reasons under a heading, then raises
+    with warnings.catch_warnings(record=True) as caught, sdpa_kernel(backend.sdpa), contextlib.suppress(RuntimeError):
         warnings.simplefilter("always")
-        usable = ask(params, True)
-    return "" if usable else "torch: " + (" ".join(str(w.message).split(" (Triggered", 1)[0] for w in caught) or "refuses it")
+        F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, enable_gqa=grouped)
+    reasons, heading = [], ""
+    for message in (str(warning.message).split(" (Triggered", 1)[0] for warning in caught):
+        if "kernel not used because" in message:
+            heading = message
+        elif heading.startswith(title):
+            reasons.append(message)
+    return " ".join(reasons) or "torch refuses it"
 
 
 def explain(

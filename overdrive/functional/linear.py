@@ -81,7 +81,8 @@ def _quantized_input(x: torch.Tensor, options: GemmOptions) -> Operand:
     if isinstance(x, Float8Tensor):
         q = quantized_of(x)
         rules = options.rules
-        fits = options.quantizes and rules is not None and q.mode.per_tensor == rules.input.mode.per_tensor
+        mode = None if rules is None else rules.input.mode
+        fits = options.quantizes and mode is not None and (q.mode == mode or (q.mode.per_tensor and mode.per_tensor))
         if fits and (q.data_t is not None or not options.weight_grad):
             return q
         x = x.dequantize()

@@ -1,7 +1,7 @@
 """Activations, forward and backward, as sources of the tile consumer.
 
-Shapes: x [T, F], or gated [T, 2F] with the activated half first; dy [T, F]. Each element is loaded once, also by a gated gradient, whose
-two halves a program writes together.
+Shapes: x [T, F], or gated [T, 2F] with the activated half first; dy [T, F]. Each element is loaded once, also by a gated gradient,
+whose two halves a program writes together.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ _ALPHA_QUICK: tl.constexpr = tl.constexpr(_QUICK)
 
 
 @triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) by two special-function instructions, relative error about 1e-6."""
+def _sigmoid2(x):
+    """1 / (1 + 2**-x) by two special-function instructions, relative error about 1e-6."""
     return tl.inline_asm_elementwise(
-        "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
-        "=f,f", [x * -_LOG2_E], dtype=tl.float32, is_pure=True, pack=1,
+        "{ .reg .f32 e; neg.f32 e, $1; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
 def _sigmoid_linear(x, alpha):
-    s = _sigmoid(alpha * x)
-    return x * s, s + alpha * x * s * (1 - s)
+    s = _sigmoid2(alpha * _LOG2_E * x)
+    return x * s, s + (alpha * x) * (s - s * s)
 
 
 @triton.jit
 def _evaluate(x, FUNCTION: tl.constexpr):
     """(value, derivative) of ops.activation._FUNCTIONS[FUNCTION]; what is unused costs nothing."""
     if FUNCTION == "gelu":  # 1 + tanh(u) = 2 sigmoid(2u)
-        s = _sigmoid(2 * _SCALE * x * (1 + _CUBIC * x * x))
-        return x * s, s + 2 * _SCALE * x * s * (1 - s) * (1 + 3 * _CUBIC * x * x)
+        square = x * x
+        s = _sigmoid2(x * (_LOG2_E * 2 * _SCALE + square * (_LOG2_E * 2 * _SCALE * _CUBIC)))
+        return x * s, s + x * (2 * _SCALE + square * (6 * _SCALE * _CUBIC)) * (s - s * s)
     elif FUNCTION == "qgelu":
         return _sigmoid_linear(x, _ALPHA_QUICK)
     elif FUNCTION == "silu":
         return _sigmoid_linear(x, 1.0)
     elif FUNCTION == "sigmoid":
-        s = _sigmoid(x)
-        return s, s * (1 - s)
+        s = _sigmoid2(_LOG2_E * x)
+        return s, s - s * s
     else:
         r = tl.where(x <= 0, 0.0, x)  # keeps NaN
         if FUNCTION == "relu":
@@ -70,56 +71,52 @@ def _gate(a, b, limit, alpha, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def _forward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _forward(args, FUNCTION: tl.constexpr, row0, r, cols, T, F):
     """Source: act(x); args (x, stride)."""
-    cols = col0 + tl.arange(0, BK)
-    value, _ = _evaluate(load_tile(args[0], args[1], row0, cols, cols < F, T, BT), FUNCTION)
+    value, _ = _evaluate(load_tile(args[0], args[1], row0, r, cols, T, F), FUNCTION)
     return (value,)
 
 
 @triton.jit
-def _gated_forward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _gated_forward(args, FUNCTION: tl.constexpr, row0, r, cols, T, F):
     """Source: act(a) * b; args (x, stride, limit, alpha)."""
     x, stride, limit, alpha = args
-    cols = col0 + tl.arange(0, BK)
-    a = load_tile(x, stride, row0, cols, cols < F, T, BT)
-    b = load_tile(x + F, stride, row0, cols, cols < F, T, BT)
+    a = load_tile(x, stride, row0, r, cols, T, F)
+    b = load_tile(x + F, stride, row0, r, cols, T, F)
     value, _, factor, _ = _gate(a, b, limit, alpha, FUNCTION)
     return (value * factor,)
 
 
 @triton.jit
-def _backward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _backward(args, FUNCTION: tl.constexpr, row0, r, cols, T, F):
     """Source: dy act'(x); args (dy, dy_stride, x, stride)."""
     dy, dy_stride, x, stride = args
-    cols = col0 + tl.arange(0, BK)
-    _, slope = _evaluate(load_tile(x, stride, row0, cols, cols < F, T, BT), FUNCTION)
-    return (load_tile(dy, dy_stride, row0, cols, cols < F, T, BT) * slope,)
+    _, slope = _evaluate(load_tile(x, stride, row0, r, cols, T, F), FUNCTION)
+    return (load_tile(dy, dy_stride, row0, r, cols, T, F) * slope,)
 
 
 @triton.jit
-def _gated_tiles(args, FUNCTION: tl.constexpr, row0, cols, T, F, BT: tl.constexpr):
+def _gated_tiles(args, FUNCTION: tl.constexpr, row0, r, cols, T, F):
     """The gradients of columns `cols` of a and of b."""
     dy, dy_stride, x, stride, limit, alpha = args
-    dy_tile = load_tile(dy, dy_stride, row0, cols, cols < F, T, BT)
-    a = load_tile(x, stride, row0, cols, cols < F, T, BT)
-    b = load_tile(x + F, stride, row0, cols, cols < F, T, BT)
+    dy_tile = load_tile(dy, dy_stride, row0, r, cols, T, F)
+    a = load_tile(x, stride, row0, r, cols, T, F)
+    b = load_tile(x + F, stride, row0, r, cols, T, F)
     value, slope, factor, factor_slope = _gate(a, b, limit, alpha, FUNCTION)
     return dy_tile * factor * slope, dy_tile * value * factor_slope
 
 
 @triton.jit
-def _gated_backward(args, FUNCTION: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _gated_backward(args, FUNCTION: tl.constexpr, row0, r, cols, T, F):
     """Source of two halves; args (dy, dy_stride, x, stride, limit, alpha)."""
-    return _gated_tiles(args, FUNCTION, row0, col0 + tl.arange(0, BK), T, F, BT)
+    return _gated_tiles(args, FUNCTION, row0, r, cols, T, F)
 
 
 @triton.jit
-def _gated_backward_joined(args, FUNCTION: tl.constexpr, row0, col0, T, K, BT: tl.constexpr, BK: tl.constexpr):
+def _gated_backward_joined(args, FUNCTION: tl.constexpr, row0, r, cols, T, K):
     """Source of all K = 2F columns, for scale blocks that straddle the halves; reads everything twice."""
-    cols = col0 + tl.arange(0, BK)
     F = K // 2
-    da, db = _gated_tiles(args, FUNCTION, row0, tl.where(cols < F, cols, tl.where(cols < K, cols - F, F)), T, F, BT)
+    da, db = _gated_tiles(args, FUNCTION, row0, r, tl.where(cols < F, cols, tl.where(cols < K, cols - F, F)), T, F)
     return (tl.where((cols < F)[None, :], da, db),)
 
 
@@ -130,7 +127,7 @@ def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) ->
     source, args, cols = (
         (_gated_forward, (x, x.stride(0), limit, alpha), cols // 2) if gated else (_forward, (x, x.stride(0)), cols)
     )
-    return run_tiles(source, args, function, x, (rows, cols), Quantization(*tail))[0]
+    return run_tiles(source, args, function, x, (rows, cols), Quantization(*tail), inputs=1 + gated)[0]
 
 
 def activation_backward(
@@ -144,5 +141,5 @@ def activation_backward(
         straddling = q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D) and dy.shape[1] % BLOCK
         source, halves = (_gated_backward_joined, 1) if straddling else (_gated_backward, 2)
         args = (*args, limit, alpha)
-    out, column_sum = run_tiles(source, args, function, x, x.shape, q, halves=halves, bias_grad=bias_grad)
+    out, column_sum = run_tiles(source, args, function, x, x.shape, q, inputs=2 + gated, halves=halves, bias_grad=bias_grad)
     return (*out, column_sum)

@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from overdrive.kernels.tile import FUSE, amax_bits, column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
+from overdrive.kernels.fp8 import amax_bits
+from overdrive.kernels.launch import launch
+from overdrive.kernels.tile import column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
 from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized
 
 
@@ -35,11 +37,11 @@ def _affine(x, mean, rstd, gamma, beta, cols, inside, ZERO_CENTERED: tl.constexp
 
 
 @triton.jit
-def _norm_source(args, ZERO_CENTERED: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _norm_source(args, ZERO_CENTERED: tl.constexpr, row0, r, cols, T, F):
     """Source: the norm's output; args (x, stride, mean, rstd, gamma, beta)."""
     x, stride, mean, rstd, gamma, beta = args
-    rows, cols = row0 + tl.arange(0, BT), col0 + tl.arange(0, BK)
-    value = load_tile(x, stride, row0, cols, cols < F, T, BT)
+    rows = row0 + r
+    value = load_tile(x, stride, row0, r, cols, T, F)
     mean_column = tl.load(mean + rows, rows < T, 0.0)[:, None]
     rstd_column = tl.load(rstd + rows, rows < T, 0.0)[:, None]
     y = _affine(value, mean_column, rstd_column, gamma, beta, cols, cols < F, ZERO_CENTERED)
@@ -52,11 +54,12 @@ def _norm_rows(args, out, y, mean, rstd, gamma, beta, amax, T, K, eps, SOURCE: t
     """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), amax of y (i32 [1])."""
     r, cols = tl.arange(0, R), tl.arange(0, BK)
     inside = cols < K
-    for row0 in range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
-        x = SOURCE(args, FLAG, row0, 0, T, K, R, BK)[0]
+    for block in range(tl.program_id(0), tl.cdiv(T, R), tl.num_programs(0)):
+        row0 = (tl.cdiv(T, R) - 1 - block) * R  # backwards: the tiles that follow find the first rows in the cache
+        x = SOURCE(args, FLAG, row0, r, cols, T, K)[0]
         if out is not None:
             rounded = x.to(out.dtype.element_ty)
-            store_tile(out, K, row0, 0, rounded, T, K)
+            store_tile(out, K, row0, r, 0, cols, rounded, T, K)
             x = rounded.to(tl.float32)
         m = tl.zeros([R], tl.float32) if RMS else tl.sum(x, 1) / K
         centered = tl.where(inside[None, :], x - m[:, None], 0.0)
@@ -66,27 +69,32 @@ def _norm_rows(args, out, y, mean, rstd, gamma, beta, amax, T, K, eps, SOURCE: t
         if y is not None or amax is not None:
             value = _affine(x, m[:, None], s[:, None], gamma, beta, cols, inside, ZERO_CENTERED)
             if y is not None:
-                store_tile(y, K, row0, 0, value.to(y.dtype.element_ty), T, K)
+                store_tile(y, K, row0, r, 0, cols, value.to(y.dtype.element_ty), T, K)
             if amax is not None:
                 valid = (r < T - row0)[:, None] & inside[None, :]
                 tl.atomic_max(amax, tl.max(tl.where(valid, amax_bits(value), 0)), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["T"])
-def _norm_backward_rows(dy, dy_stride, x, stride, gamma, mean, rstd, dresidual, dresidual_stride, dx, partial, T, K,
-                        RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """dx, and this program's sums for dgamma (and dbeta) in partial f32 [1 or 2, programs, K]."""
+def _norm_backward_rows(args, gamma, mean, rstd, dx, partial, T, K,
+                        RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+                        STAGES: tl.constexpr):  # fmt: skip
+    """dx, and this program's sums for dgamma (and dbeta) in partial f32 [1 or 2, programs, K].
+
+    args: (dy, its row stride, x, its row stride, dresidual or None, its row stride).
+    """
+    dy, dy_stride, x, stride, dresidual, dresidual_stride = args
     r, cols = tl.arange(0, R), tl.arange(0, BK)
     inside = cols < K
     gain = _load_gain(gamma, cols, inside, ZERO_CENTERED)
     dgamma = tl.zeros([R, BK], tl.float32)
     dbeta = tl.zeros([R, BK], tl.float32)
-    for row0 in range(tl.program_id(0) * R, T, tl.num_programs(0) * R):
+    for row0 in tl.range(tl.program_id(0) * R, T, tl.num_programs(0) * R, num_stages=STAGES):
         valid = r < T - row0
         m = tl.load(mean + row0 + r, valid, 0.0)[:, None]
         s = tl.load(rstd + row0 + r, valid, 0.0)[:, None]
-        dy_tile = load_tile(dy, dy_stride, row0, cols, inside, T, R)
-        x_hat = tl.where(inside[None, :], (load_tile(x, stride, row0, cols, inside, T, R) - m) * s, 0.0)
+        dy_tile = load_tile(dy, dy_stride, row0, r, cols, T, K)
+        x_hat = tl.where(inside[None, :], (load_tile(x, stride, row0, r, cols, T, K) - m) * s, 0.0)
         dgamma += dy_tile * x_hat
         dx_hat = dy_tile * gain
         value = dx_hat - x_hat * (tl.sum(dx_hat * x_hat, 1) / K)[:, None]
@@ -95,12 +103,16 @@ def _norm_backward_rows(dy, dy_stride, x, stride, gamma, mean, rstd, dresidual, 
             value -= (tl.sum(dx_hat, 1) / K)[:, None]
         value *= s
         if dresidual is not None:
-            value += load_tile(dresidual, dresidual_stride, row0, cols, inside, T, R)
-        store_tile(dx, K, row0, 0, value.to(dx.dtype.element_ty), T, K)
+            value += load_tile(dresidual, dresidual_stride, row0, r, cols, T, K)
+        store_tile(dx, K, row0, r, 0, cols, value.to(dx.dtype.element_ty), T, K)
     own = partial + tl.program_id(0).to(tl.int64) * K + cols
     tl.store(own, tl.sum(dgamma, 0), inside)
     if not RMS:
         tl.store(own + tl.num_programs(0).to(tl.int64) * K, tl.sum(dbeta, 0), inside)
+
+
+_BACKWARD_WARPS = 16  # per SM: enough loads in flight, few enough partial sums
+_SHARED_MEMORY = 200 << 10  # bytes of an SM that rows on their way may take
 
 
 @functools.cache
@@ -109,11 +121,11 @@ def _sm_count(device: torch.device) -> int:
 
 
 @functools.cache
-def _row_shape(cols: int) -> tuple[int, int, int]:
-    """(R, BK, warps): 16 elements to a thread, up to a whole SM for one row; rows share a program where they are short."""
+def _row_shape(cols: int, elements: int) -> tuple[int, int, int]:
+    """(R, BK, warps) with so many elements to a thread, but four warps at least, which short rows share."""
     width = max(triton.next_power_of_2(cols), 16)
-    height = max(2048 // width, 1)
-    return height, width, min(max(height * width // 512, 1), 32)
+    height = max(elements * 128 // width, 1)
+    return height, width, min(max(height * width // elements // 32, 4), 32)
 
 
 def forward(
@@ -135,14 +147,15 @@ def forward(
     mean, rstd = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
     plain = new_quantized(like, rows, cols, q) if q.mode == Mode.PLAIN else None
     amax = new_amax(like) if q.mode == Mode.CURRENT else None
-    height, width, warps = _row_shape(cols)
+    height, width, warps = _row_shape(cols, 64 if cols > 4096 else 32)
     programs = -(-rows // height)
     if sm_margin:
         programs = min(programs, max(_sm_count(like.device) - sm_margin, 1) * max(32 // warps, 1))
     if rows:
-        _norm_rows[(programs,)](
-            args, out, None if plain is None else plain.data, mean, rstd, gamma, beta, amax, rows, cols, eps,
-            source, flag, rms, zero_centered, height, width, num_warps=warps, **FUSE,
+        launch(
+            _norm_rows, (programs, 1, 1), like.get_device(),
+            (args, out, None if plain is None else plain.data, mean, rstd, gamma, beta, amax, rows, cols, eps),
+            (source, flag, rms, zero_centered, height, width), warps,
         )  # fmt: skip
     if plain is not None:
         return plain, mean, rstd
@@ -187,12 +200,16 @@ def norm_backward(
     rows, cols = x.shape
     dx, dgamma = x.new_empty(x.shape), gamma.new_empty(cols)
     dbeta = gamma.new_empty(0 if rms else cols)
-    height, width, warps = _row_shape(cols)
-    programs = min(max(_sm_count(x.device) - sm_margin, 1) * max(16 // warps, 1), max(-(-rows // height), 1))
+    height, width, warps = _row_shape(cols, 16)
+    per_sm = max(_BACKWARD_WARPS // warps, 1)
+    programs = min(max(_sm_count(x.device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
+    row_bytes = (dy.element_size() + x.element_size() + (0 if dresidual is None else dresidual.element_size())) * height * width
+    stages = max(min(_SHARED_MEMORY // (per_sm * row_bytes), 3), 1)
     partial = x.new_empty((1 if rms else 2, programs, cols), dtype=torch.float32)
-    _norm_backward_rows[(programs,)](
-        dy, dy.stride(0), x, x.stride(0), gamma, mean, rstd, dresidual, 0 if dresidual is None else dresidual.stride(0),
-        dx, partial, rows, cols, rms, zero_centered, height, width, num_warps=warps, **FUSE,
+    args = (dy, dy.stride(0), x, x.stride(0), dresidual, 0 if dresidual is None else dresidual.stride(0))
+    launch(
+        _norm_backward_rows, (programs, 1, 1), x.get_device(),
+        (args, gamma, mean, rstd, dx, partial, rows, cols), (rms, zero_centered, height, width, stages), warps,
     )  # fmt: skip
     column_sums(partial, dgamma, None if rms else dbeta)
     return dx, dgamma, dbeta

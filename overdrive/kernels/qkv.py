@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from overdrive.kernels.quantize import quantize
 from overdrive.kernels.tile import dense, run_tiles
 from overdrive.ops.quantize import Quantization
 
@@ -20,11 +21,11 @@ def _gather(x, strides, t, B, head, d, mask):
 
 
 @triton.jit
-def _qkv_source(args, INTERLEAVED: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _qkv_source(args, INTERLEAVED: tl.constexpr, row0, r, cols, T, F):
     """Source: args (dq, dk, dv, their strides, B, D, H, G)."""
     dq, dk, dv, q_strides, k_strides, v_strides, B, D, H, G = args
-    t, c = row0 + tl.arange(0, BT), col0 + tl.arange(0, BK)
-    slot, d = c // D, c % D
+    t = row0 + r
+    slot, d = cols // D, cols % D
     if INTERLEAVED:
         per_group = H // G
         group, place = slot // (per_group + 2), slot % (per_group + 2)
@@ -34,7 +35,7 @@ def _qkv_source(args, INTERLEAVED: tl.constexpr, row0, col0, T, F, BT: tl.conste
     else:
         q_head, k_head, v_head = slot, slot - H, slot - H - G
         is_q, is_k, is_v = slot < H, (slot >= H) & (slot < H + G), slot >= H + G
-    inside = (t < T)[:, None] & (c < F)[None, :]
+    inside = (t < T)[:, None] & (cols < F)[None, :]
     # where a tile lies in one of the three, the other loads are off
     q = _gather(dq, q_strides, t, B, q_head, d, inside & is_q[None, :])
     k = _gather(dk, k_strides, t, B, k_head, d, inside & is_k[None, :])
@@ -49,5 +50,7 @@ def qkv_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleav
     groups = dk.shape[2]
     args = (dq, dk, dv, *(x.stride()[:3] for x in (dq, dk, dv)), inner, width, heads, groups)
     shape = (outer * inner, (heads + 2 * groups) * width)
+    if 0 in shape:  # strides of empty tensors mean nothing
+        return quantize(dq.new_empty(shape), bias_grad, *tail)
     out, column_sum = run_tiles(_qkv_source, args, interleaved, dq, shape, Quantization(*tail), bias_grad=bias_grad)
     return (*out, column_sum)

@@ -1,6 +1,7 @@
 """Residual add with bias and dropout, its gradient, and the norm that follows.
 
-Shapes: x, residual, out [T, K]; bias [K]. The dropout mask is ops.residual.dropout_scale's, bit for bit, recomputed wherever it is needed.
+Shapes: x, residual, out [T, K]; bias [K]. The dropout mask is ops.residual.dropout_scale's, bit for bit, recomputed wherever it is
+needed.
 """
 
 from __future__ import annotations
@@ -25,36 +26,32 @@ def _mix(h):
 
 
 @triton.jit
-def _dropout(value, row0, cols, seed, threshold, keep, BT: tl.constexpr):
+def _dropout(value, rows, cols, seed, threshold, keep):
     """value * dropout_scale of its elements; threshold: p * 2**32 as the i32 of the same bits."""
-    rows = (row0 + tl.arange(0, BT)).to(tl.uint32)
-    row_hash = _mix(rows ^ tl.load(seed).to(tl.uint32))
+    row_hash = _mix(rows.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
     hashed = _mix(row_hash[:, None] + cols.to(tl.uint32)[None, :])
     return value * tl.where(hashed < threshold.to(tl.uint32), 0.0, keep)
 
 
 @triton.jit
-def _residual_source(args, DROPOUT: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _residual_source(args, DROPOUT: tl.constexpr, row0, r, cols, T, F):
     """Source: residual + dropout(x + bias); args (x, stride, bias, residual, residual_stride, seed, threshold, keep)."""
     x, stride, bias, residual, residual_stride, seed, threshold, keep = args
-    cols = col0 + tl.arange(0, BK)
-    inside = cols < F
-    value = load_tile(x, stride, row0, cols, inside, T, BT)
+    value = load_tile(x, stride, row0, r, cols, T, F)
     if bias is not None:
-        value += tl.load(bias + cols, inside, 0.0).to(tl.float32)[None, :]
+        value += tl.load(bias + cols, cols < F, 0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        value = _dropout(value, row0, cols, seed, threshold, keep, BT)
-    return (load_tile(residual, residual_stride, row0, cols, inside, T, BT) + value,)
+        value = _dropout(value, row0 + r, cols, seed, threshold, keep)
+    return (load_tile(residual, residual_stride, row0, r, cols, T, F) + value,)
 
 
 @triton.jit
-def _gradient_source(args, DROPOUT: tl.constexpr, row0, col0, T, F, BT: tl.constexpr, BK: tl.constexpr):
+def _gradient_source(args, DROPOUT: tl.constexpr, row0, r, cols, T, F):
     """Source: dropout(dout); args (dout, stride, seed, threshold, keep)."""
     dout, stride, seed, threshold, keep = args
-    cols = col0 + tl.arange(0, BK)
-    value = load_tile(dout, stride, row0, cols, cols < F, T, BT)
+    value = load_tile(dout, stride, row0, r, cols, T, F)
     if DROPOUT:
-        value = _dropout(value, row0, cols, seed, threshold, keep, BT)
+        value = _dropout(value, row0 + r, cols, seed, threshold, keep)
     return (value,)
 
 

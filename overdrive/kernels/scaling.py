@@ -1,6 +1,6 @@
-"""The turn of a delayed-scaling step, for a whole model at once: roll the histories, find the peaks, make the scales, snapshot them.
+"""The turn of a delayed-scaling step, for a whole model at once: roll the histories, find the peaks, make and snapshot the scales.
 
-Shapes: S slots, L entries of the history ring; a program takes BS slots.
+Shapes: S slots, the first C of them in the snapshot, L entries of the history ring; a program takes BS slots.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overdrive.kernels.tile import FUSE
+from overdrive.kernels.launch import launch
 from overdrive.ops.scaling import _FP32_MAX, FIRST_GRADIENT_SLOT, RESTORED, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, arena
 
 _UNTOUCHED: tl.constexpr = tl.constexpr(UNTOUCHED)
@@ -19,10 +19,14 @@ _PER_GEMM: tl.constexpr = tl.constexpr(SLOTS_PER_GEMM)
 _FIRST_GRADIENT: tl.constexpr = tl.constexpr(FIRST_GRADIENT_SLOT)
 
 
-@triton.jit(do_not_specialize=["tenant", "S", "L", "length"])
-def _begin_step(counter, amax, reduced, owner, history, position, scale, snapshot, tenant, S, L, length, max_forward, max_backward,
-                headroom, ROLL: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr):  # fmt: skip
-    """reduced: amax after the group's maximum. length: entries of the ring that count, 1 for "most_recent"."""
+@triton.jit(do_not_specialize=["tenant", "S", "L", "C", "length"])
+def _begin_step(args, tenant, S, L, C, length, max_forward, max_backward, headroom,
+                ROLL: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """args: (counter, amax, reduced, owner, history, position, scale, snapshot), reduced being amax after the group's maximum.
+
+    length: entries of the ring that count, 1 for "most_recent".
+    """
+    counter, amax, reduced, owner, history, position, scale, snapshot = args
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(counter, tl.load(counter) + 1)
@@ -38,7 +42,8 @@ def _begin_step(counter, amax, reduced, owner, history, position, scale, snapsho
         bits = peak.to(tl.int32, bitcast=True)
         for first in range(1, length, BL):
             entry = first + tl.arange(0, BL)
-            row = (newest[None, :] + L - entry[:, None]) % L
+            row = newest[None, :] - entry[:, None]
+            row = tl.where(row < 0, row + L, row)
             mask = touched[None, :] & (entry < length)[:, None]
             values = tl.load(history + row.to(tl.int64) * S + slots[None, :], mask, 0.0)
             bits = tl.maximum(bits, tl.max(values.to(tl.int32, bitcast=True), 0))
@@ -52,7 +57,7 @@ def _begin_step(counter, amax, reduced, owner, history, position, scale, snapsho
         new = tl.where(new > _MAX, _MAX, new)
         old = tl.where(touched, new, old)
         tl.store(scale + slots, old, touched)
-    tl.store(snapshot + slots, old, slots < S)
+    tl.store(snapshot + slots, old, slots < C)
 
 
 def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tensor:
@@ -74,11 +79,11 @@ def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tenso
             reduced = state.amax
             if group is not None:
                 reduced = torch.where(state.owned_by(tenant), state.amax, UNTOUCHED)
-                torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX, group=group)
-    snapshot = torch.empty_like(state.scale)
-    grid = (triton.cdiv(state.capacity, 32),)
-    _begin_step[grid](
-        state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot, tenant,
-        state.capacity, state.history.shape[0], length, *limits, headroom, ROLL=roll, BL=256, BS=32, num_warps=8, **FUSE,
+                torch.distributed.all_reduce(reduced.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
+    snapshot = state.scale.new_empty(capacity)
+    args = (state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot)
+    launch(
+        _begin_step, (triton.cdiv(state.capacity, 8), 1, 1), counter.get_device(),
+        (args, tenant, state.capacity, state.history.shape[0], capacity, length, *limits, headroom), (roll, 1024, 8), 8,
     )  # fmt: skip
     return snapshot

@@ -188,7 +188,9 @@ class DotProductAttention(torch.nn.Module):
                 return checkpoint(dot_product_attention, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
             return dot_product_attention(*arguments)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Any, prefix: str, *arguments: Any
+    ) -> None:
         foreign = [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]
         for key in foreign:  # Transformer Engine keeps FP8 state here, overdrive has none
             warn_of_foreign_state(key, state_dict.pop(key))

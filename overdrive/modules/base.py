@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from overdrive.functional.gemm import GemmOptions
 from overdrive.functional.linear import Parameters
@@ -18,6 +20,10 @@ from overdrive.scaling.arena import SlotRange, with_index
 from overdrive.scaling.autocast import Context, renew_snapshot
 from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
 from overdrive.scaling.tensor import QuantizedTensor
+
+
+_OWNERS = WeakIdKeyDictionary()
+"""Whose buffer a split parameter is a view of: a module that shares it must not take it away."""
 
 
 class LinearNames:
@@ -99,12 +105,24 @@ class Module(nn.Module):
         for linear in self._linears:
             for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
                 if linear.split and names and not self._adjacent(fused, names):
-                    parts = [self._parameters[name] for name in names]
-                    with torch.no_grad():
-                        buffer = torch.cat([part.detach() for part in parts])  # pyright: ignore[reportOptionalMemberAccess]
-                        for part, view in zip(parts, buffer.split(linear.sizes)):
-                            part.data = view  # pyright: ignore[reportOptionalMemberAccess]
+                    self._fused.pop(fused, None)
+                    parts = [getattr(self, name) for name in names]
+                    if any(self._is_anothers(part) for part in parts):
+                        continue
+                    buffer = self._whole(fused, names)
+                    for part, view in zip(parts, buffer.split(linear.sizes)):
+                        part.data = view
+                        _OWNERS[part] = weakref.ref(self)
                     self._fused[fused] = buffer
+
+    def _is_anothers(self, part: nn.Parameter) -> bool:
+        owner = _OWNERS[part]() if part in _OWNERS else None
+        return owner is not None and owner is not self and any(part is other for other in owner._parameters.values())
+
+    def _whole(self, fused: str, names: tuple[str, ...]) -> torch.Tensor:
+        """The buffer of a split weight or bias; of one tied to another layer's, which has no buffer here, a copy."""
+        buffer = self._fused.get(fused)
+        return torch.cat([getattr(self, name).detach() for name in names]) if buffer is None else buffer
 
     def _adjacent(self, fused: str, names: tuple[str, ...]) -> bool:
         buffer = self._fused.get(fused)
@@ -124,7 +142,8 @@ class Module(nn.Module):
         linear = self._linears[index]
         for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
             if names:
-                buffer = self._fused.pop(fused)
+                buffer = self._whole(fused, names)
+                self._fused.pop(fused, None)
                 for name in names:
                     del self._parameters[name]
                 parameter = nn.Parameter(buffer)
@@ -163,9 +182,8 @@ class Module(nn.Module):
             self._fuse()
         weights = tuple(getattr(self, name) for name in linear.weights)
         biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
-        fused_weight, fused_bias = (self._fused.get(name) for name in linear.fused) if linear.split else (None, None)
-        if not biases:
-            fused_bias = None
+        fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split else None
+        fused_bias = self._whole(linear.fused[1], linear.biases) if linear.split and biases else None
         if dtype is not None and weights[0].dtype != dtype:  # torch.autocast: autograd casts the gradients back
             weights, biases = tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
             fused_weight, fused_bias = (None if t is None else t.to(dtype) for t in (fused_weight, fused_bias))
@@ -303,7 +321,7 @@ class Module(nn.Module):
     def _scales(self, context: Context) -> Scales:
         if context.snapshots is None or self._slot_range is None:
             return Scales()
-        return Scales(context.snapshot_on(with_index(self._device), self._slot_range.end), self._slots)
+        return Scales(context.snapshot_on(with_index(self._device), self._slot_range), self._slots)
 
     def _gemm_options(
         self,

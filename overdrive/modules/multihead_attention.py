@@ -255,7 +255,7 @@ class MultiheadAttention(torch.nn.Module):
         self, hidden: torch.Tensor, first: bool | None, keep_residual: bool
     ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """((Q, K, V), the norm's output if it is to be returned, hidden for the residual branch)."""
-        module = self.layernorm_qkv if self.input_layernorm else self.qkv
+        module: Any = self.layernorm_qkv if self.input_layernorm else self.qkv
         sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
         layout = QKVLayout(*sizes, self.qkv_weight_interleaved and not module.has_split_parameters)
         residual, norm_out = hidden, []

@@ -49,3 +49,9 @@ def define(
 def empty_like_none(x: torch.Tensor) -> torch.Tensor:
     """The stand-in for an output that was not asked for: ops cannot return None in a fixed tuple."""
     return x.new_empty(0)
+
+
+def constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function

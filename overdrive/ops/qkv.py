@@ -15,9 +15,9 @@ def merged(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleaved: bo
     """Reference: the [T, N] gradient."""
     if interleaved:
         groups = dk.shape[2]
-        dq, dk, dv = dq.unflatten(2, (groups, -1)), dk.unsqueeze(3), dv.unsqueeze(3)
+        dq, dk, dv = dq.unflatten(2, (groups, dq.shape[2] // groups)), dk.unsqueeze(3), dv.unsqueeze(3)
     parts = torch.cat((dq, dk, dv), -2)
-    return parts.reshape(parts.shape[0] * parts.shape[1], -1)
+    return parts.flatten(2).flatten(0, 1)
 
 
 def _qkv_gradient(dq, dk, dv, interleaved, bias_grad, *tail) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from overdrive.ops.library import constant_result
 from overdrive.ops.scaling import RESTORED, SLOTS_PER_GEMM, UNTOUCHED, Arena, arena, tenant_id
 from overdrive.recipe import DelayedScaling
 
@@ -121,7 +122,7 @@ class SlotRange:
         state.position[columns] = filled
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def tenant_of(group: Any, *fields: Any) -> int:
     """Number of DelayedScaling(*fields) and a process group, the same for equal ones. A constant to compiled code, whose tracer
     takes constants only as arguments: hence fields, not a recipe."""

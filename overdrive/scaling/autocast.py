@@ -12,7 +12,7 @@ import torch
 from overdrive.ops.scaling import begin_step
 from overdrive.recipe import DelayedScaling, Recipe
 from overdrive.scaling import recompute
-from overdrive.scaling.arena import SLOTS, tenant_of, with_index
+from overdrive.scaling.arena import SLOTS, SlotRange, tenant_of, with_index
 from overdrive.scaling.quantizers import Rules, rules_for
 from overdrive.scaling.support import usable
 
@@ -29,11 +29,13 @@ class Context:
     snapshots: dict[torch.device, torch.Tensor] | None = None
     replayed: bool = False
 
-    def snapshot_on(self, device: torch.device, slots: int) -> torch.Tensor:
-        """The scales on `device`, at least `slots` of them; taken now for layers built or moved since the autocast was entered."""
+    def snapshot_on(self, device: torch.device, slots: SlotRange) -> torch.Tensor:
+        """The scales on `device`, those of `slots` among them; taken now if the layer was built or moved since the autocast began."""
         assert self.snapshots is not None
         snapshot = self.snapshots.get(device)
-        if snapshot is None or snapshot.numel() < slots:
+        if torch.compiler.is_compiling() and snapshot is not None:
+            return snapshot  # slots differ from layer to layer: compiled code must not look at them
+        if snapshot is None or snapshot.numel() < slots.end:
             snapshot = self.snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
         return snapshot
 

@@ -22,6 +22,11 @@ class Float8Tensor(torch.Tensor):
     Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first.
     Saving it with torch.save stores the plain tensor of its values, so files hold no code of ours."""
 
+    _data: torch.Tensor | None
+    _data_t: torch.Tensor | None
+    _scale_inv: torch.Tensor
+    _scale_inv_t: torch.Tensor | None
+
     @staticmethod
     def __new__(
         cls, inner: dict[str, torch.Tensor], mode: Mode, matrix: tuple[int, int], dtype: torch.dtype, shape
@@ -77,10 +82,17 @@ class Float8Tensor(torch.Tensor):
             if shape[-1:] == args[0].shape[-1:]:
                 return cls.from_quantized(args[0].quantized, shape)
 
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                if isinstance(value, Float8Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
+                    raise NotImplementedError(f"{func}: a Float8Tensor cannot be changed in place; change its .dequantize()")
+
         def plain(value: Any) -> Any:
             return value.dequantize() if isinstance(value, Float8Tensor) else value
 
-        args, kwargs = tree_map(plain, (args, kwargs or {}))
+        args, kwargs = tree_map(plain, (args, kwargs))
         return func(*args, **kwargs)
 
 

@@ -83,7 +83,7 @@ def _recording(carrier: Any) -> Recording:
 def current() -> Running:
     """What the caller is part of; quick outside of checkpoints."""
     task = torch._C._current_graph_task_id()
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     if task == -1 and hooks is None and torch.is_grad_enabled():
         return OUTSIDE
     first: list[Recording] = []

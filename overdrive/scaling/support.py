@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from overdrive.ops.library import constant_result
 from overdrive.recipe import Recipe
 
 _NOT_BUILT = "not built in overdrive yet; use DelayedScaling, Float8CurrentScaling or Float8BlockScaling"
@@ -16,7 +17,7 @@ def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_fp8_available() -> tuple[bool, str]:
     """(usable, reason): FP8 with one scale per tensor. A CPU runs the reference implementation."""
     capability = _capability()
@@ -25,7 +26,7 @@ def is_fp8_available() -> tuple[bool, str]:
     return True, ""
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_fp8_block_scaling_available() -> tuple[bool, str]:
     """(usable, reason): FP8 with 1x128 and 128x128 blocks. A CPU runs the reference implementation."""
     capability = _capability()

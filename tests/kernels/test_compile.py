@@ -1,4 +1,4 @@
-"""Every kernel compiled for Hopper (sm_90) by its own launch, on a machine without a GPU: the launch runs up to the point where it would start."""
+"""Every kernel compiled for Hopper (sm_90) on a machine without a GPU, by its own launch, which runs up to where it would start."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ class Hopper:
         return 0
 
 
+class Forgetful(dict):
+    """Compiles every launch anew: a held kernel would start."""
+
+    def get(self, key):
+        return None
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The list of kernels that launches compiled."""
@@ -57,6 +64,8 @@ def compiled(monkeypatch):
         return kernels[-1]
 
     monkeypatch.setattr(jit, "run", compile_only)
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.launch"), "_held", Forgetful())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as a CPU tensor's get_device()
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "_sm_count", lambda device: 132)
     triton.runtime.driver.set_active(Hopper())
     yield kernels
@@ -89,6 +98,13 @@ def test_quantized_activation(compiled, name, mode):
         launch("activation", "activation_backward", X[:, :128], X[:, :256], name, 7.0, 1.702, True, *q)
 
 
+@pytest.mark.parametrize("mode", ["plain", "delayed", "block 1d"])
+def test_column_sums_of_many_rows(compiled, monkeypatch, mode):
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.tile"), "_ENOUGH_PROGRAMS", 1)
+    x = torch.ones(512, 272)
+    launch("activation", "activation_backward", x[:, :136], x, "swiglu", 7.0, 1.702, True, *QUANTIZATIONS[mode])
+
+
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 @pytest.mark.parametrize("rms", [False, True])
 def test_norm(compiled, rms, mode):
@@ -111,6 +127,13 @@ def test_residual(compiled, p):
     launch("residual", "residual_backward", X, p, seed, True)
     for q in (PLAIN, DELAYED):
         launch("residual", "residual_norm", X, None, X, p, seed, GAMMA, GAMMA, 1e-5, False, False, 0, *q)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_qkv_gradient(compiled, interleaved):
+    dq, dk = (torch.ones(4, 3, heads, 16, dtype=torch.bfloat16) for heads in (4, 2))
+    for q in (PLAIN, DELAYED):
+        launch("qkv", "qkv_gradient", dq.transpose(0, 1), dk, dk, interleaved, True, *q)
 
 
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])

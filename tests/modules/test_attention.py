@@ -13,6 +13,8 @@ from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's own tracer
+
 MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal", "padding,causal", "arbitrary")
 USABLE = [name for name, (usable, _) in attention_backends().items() if usable]
 
@@ -249,7 +251,7 @@ def test_each_backend(name, device, monkeypatch):
     for mask_type in ("no_mask", "causal", *(("padding", "arbitrary") if "tensor" in backend.masks else ())):
         for layout in ("sbhd", "bshd"):
             for groups in (4, 2):
-                check(layout, mask_type, dtype, device, queries=130, dim=64, heads=4, groups=groups, batch=2)
+                check(layout, mask_type, dtype, device, queries=70, dim=64, heads=4, groups=groups, batch=2)
 
 
 @pytest.mark.parametrize("name", USABLE)

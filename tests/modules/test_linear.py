@@ -246,15 +246,23 @@ def test_a_weight_given_to_a_layer_is_shared(layer, split, how, device):
     check(module, x)
 
 
-def test_tied_split_parameters_are_read_by_both_layers(device):
+@pytest.mark.parametrize("tied", [("q_weight",), ("q_weight", "k_weight", "k_bias")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tied_split_parameters_are_read_by_both_layers(compiled, tied, device):
     first, second = (build("Linear", device, parameters_split=("q", "k")) for _ in range(2))
-    second.q_weight = first.q_weight
+    for name in tied:
+        setattr(second, name, getattr(first, name))
+    calls = [torch.compile(m, backend="eager", fullgraph=True) if compiled else m for m in (first, second)]
     x = features(*TOKENS, device=device)
-    for _ in range(2):
-        for module in (first, second):
-            check(module, x)
+    for change in (lambda: None, lambda: first.q_weight.mul_(-1.5), lambda: second.q_weight.mul_(2)):
         with torch.no_grad():
-            first.q_weight.mul_(-1.5)
+            change()
+        for module, call in zip((first, second), calls):
+            check(module, x, call=call)
+    third = build("Linear", device)
+    second.weight = third.weight
+    for module in (first, second):
+        check(module, x)
 
 
 def test_an_optimizer_trains_split_and_whole_parameters_alike(device):

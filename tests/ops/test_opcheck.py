@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overdrive.ops import activation, gemm, norm, quantize, residual, scaling  # noqa: F401  (define the ops)
+from overdrive.ops import activation, gemm, norm, qkv, quantize, residual, scaling  # noqa: F401  (define the ops)
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
@@ -32,6 +32,10 @@ QUANTIZING = {
     "activation_backward": [
         lambda: (x(), x(kind="transposed"), "gelu", 7.0, 1.702, True),
         lambda: (x(kind="expanded"), x(2 * K, dtype=torch.float32), "clamped_swiglu", 7.0, 1.702, False),
+    ],
+    "qkv_gradient": [
+        lambda: (*(draw(20, n * 16).view(4, 5, n, 16) for n in (5, 2, 2)), False, True),
+        lambda: (*(draw(20, n * 16, dtype=torch.bfloat16).view(5, 4, n, 16).transpose(0, 1) for n in (6, 3, 3)), True, False),
     ],
     "residual_norm": [
         lambda: (x(), GAMMA, x(), 0.1, SEED, GAMMA, GAMMA, 1e-5, False, False, 0),
