@@ -3,7 +3,7 @@
     python benchmarks/layer.py [--batch 4 --iterations 30 --json out.json]
 
 Everything is checked against the plain layer in float32 before it is timed. Medians over rounds that visit every variant in
-turn, so that clocks and temperature drift alike for all. """
+turn, so that clocks and temperature drift alike for all."""
 
 from __future__ import annotations
 

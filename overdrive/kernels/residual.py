@@ -59,8 +59,8 @@ def _dropout_args(p: float, seed: torch.Tensor | None) -> tuple[Any, ...]:
     """(seed, threshold, keep); the threshold wraps into an i32 so that its type does not depend on p."""
     if p <= 0:
         return None, 0, 1.0
-    threshold = int(p * 2**32)
-    return seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - p)
+    threshold = min(int(p * 2**32), 2**32 - 1)
+    return seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - p) if p < 1 else 0.0
 
 
 def _residual_args(x, bias, residual, p, seed) -> tuple[Any, ...]:

@@ -280,7 +280,7 @@ def run_tiles(
         )  # fmt: skip
 
     owner = sums = None
-    if mode == Mode.DELAYED and q.tenant >= 0:
+    if mode == Mode.DELAYED and q.tenant >= 0 and rows:
         state = arena(like.device)
         amax, owner = state.amax_bits, state.owner
     elif mode == Mode.CURRENT and amax is None:

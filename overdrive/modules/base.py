@@ -21,7 +21,6 @@ from overdrive.scaling.autocast import Context, renew_snapshot
 from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
 from overdrive.scaling.tensor import QuantizedTensor
 
-
 _OWNERS = WeakIdKeyDictionary()
 """Whose buffer a split parameter is a view of: a module that shares it must not take it away."""
 
@@ -163,7 +162,7 @@ class Module(nn.Module):
             self._accept_whole(name)
         super().register_parameter(name, param)
         for linear in self.__dict__.get("_linears", ()):
-            if param is not None and name in (*linear.weights, *linear.biases) and linear.fused[0] in self._fused:
+            if param is not None and name in (*linear.weights, *linear.biases) and self._fused.keys() & {*linear.fused}:
                 self._fuse()  # another part has come
 
     def _accept_whole(self, name: str) -> None:

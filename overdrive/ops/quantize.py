@@ -144,7 +144,7 @@ def quantize_value(x: torch.Tensor, q: Quantization) -> Quantized:
     if q.mode == Mode.DELAYED:
         assert q.scales is not None
         assert q.slots is not None
-        if q.tenant >= 0:
+        if q.tenant >= 0 and x.numel():
             arena(x.device).record(q.slots, q.slot, amax, q.tenant)
         scale = q.scales[q.slots[q.slot : q.slot + 1]]
     else:

@@ -27,7 +27,7 @@ def dropout_scale(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.T
     """
     row = _mix((torch.arange(rows, device=seed.device) ^ seed) & 0xFFFFFFFF)
     hashed = _mix((row[:, None] + torch.arange(cols, device=seed.device)) & 0xFFFFFFFF)
-    return (hashed >= int(p * 2**32)).float() * (1 / (1 - p))
+    return (hashed >= int(p * 2**32)).float() * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def _residual(x, bias, residual, p, seed) -> torch.Tensor:

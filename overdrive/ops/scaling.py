@@ -106,6 +106,8 @@ class Arena:
         recipe = rules.recipe
         self.reserve(self.capacity, recipe.amax_history_len)
         mine = self.owned_by(tenant)
+        if self.scale.device.type == "cpu" and not bool(mine.any()):
+            return  # also keeps a group of GPUs out of an arena that it cannot reduce
         amax = torch.where(mine, self.amax, UNTOUCHED)
         if rules.group is not None:
             bits = amax.view(torch.int32)  # as floats, NaN would lose on some backends

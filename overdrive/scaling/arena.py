@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from overdrive.ops.library import constant_result
-from overdrive.ops.scaling import RESTORED, SLOTS_PER_GEMM, UNTOUCHED, Arena, arena, tenant_id
+from overdrive.ops.scaling import RESTORED, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, Arena, arena, tenant_id
 from overdrive.recipe import DelayedScaling
 
 
@@ -45,11 +45,16 @@ class _Slots:
         """Let another module have the run. Touches no device memory: finalizers run at any moment."""
         self.free.setdefault(size, []).append(start)
 
+    def arena_on(self, device: torch.device) -> Arena:
+        """The device's arena, remembered so that slots handed out again are reset there."""
+        if device not in self.arenas:
+            self.arenas[device] = arena(device)
+        return self.arenas[device]
+
     def use_on(self, device: torch.device) -> None:
         """From now on every outermost autocast takes a snapshot of the scales on this device."""
-        if device.type != "meta" and device not in self.arenas:
-            self.arenas[device] = arena(device)
-            self.counters[device] = self.arenas[device].counter
+        if device.type != "meta" and device not in self.counters:
+            self.counters[device] = self.arena_on(device).counter
 
 
 SLOTS = _Slots()
@@ -71,7 +76,6 @@ class SlotRange:
         self.size = gemms * SLOTS_PER_GEMM
         self.start = SLOTS.take(self.size)
         weakref.finalize(self, SLOTS.give_back, self.start, self.size)
-        SLOTS.use_on(with_index(device))
 
     @property
     def end(self) -> int:
@@ -80,24 +84,25 @@ class SlotRange:
 
     def indices(self, device: torch.device) -> torch.Tensor:
         """i32 [size], what ops look the scales up with."""
-        SLOTS.use_on(with_index(device))
+        if device.type != "cpu" or not torch.cuda.is_available():  # where there is a GPU, layers only pass through the CPU
+            SLOTS.use_on(with_index(device))
         return torch.arange(self.start, self.start + self.size, dtype=torch.int32, device=device)
 
     def export(self, device: torch.device) -> torch.Tensor | None:
         """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was
         recorded."""
-        state = SLOTS.arenas.get(with_index(device))
-        if state is None or self.start >= state.capacity:
+        state = SLOTS.arena_on(with_index(device))
+        if self.start >= state.capacity:
             return None
         columns = slice(self.start, self.start + self.size)
-        steps = int(state.position[columns].max().clamp(max=state.history.shape[0]))
+        filled = state.position[columns].clamp(max=state.history.shape[0])
+        lengths = [TENANTS[owner].recipe.amax_history_len for owner in state.owner[columns].unique().tolist() if owner >= 0]
+        steps = min(int(filled.max()), max(lengths, default=state.history.shape[0]))  # no recipe looks further back
         if steps == 0 and bool((state.amax[columns] == UNTOUCHED).all()):
             return None
-        filled = state.position[columns].clamp(max=state.history.shape[0])
-        history = state.chronological()[:steps, columns]
-        # Slots that took fewer steps are right-aligned under NaN-free padding: UNTOUCHED marks "no such step".
+        # Newest entries last; UNTOUCHED stands above those of slots that took fewer steps.
         rows = torch.arange(steps, device=filled.device)[:, None] - (steps - filled)
-        history = torch.where(rows >= 0, history.gather(0, rows.clamp(min=0)), UNTOUCHED)
+        history = torch.where(rows >= 0, state.chronological()[:, columns].gather(0, rows.clamp(min=0)), UNTOUCHED)
         return torch.cat((state.scale[None, columns], state.amax[None, columns], history))
 
     def restore(self, saved: torch.Tensor, device: torch.device) -> None:
@@ -106,8 +111,7 @@ class SlotRange:
             raise ValueError(
                 f"scaling state must be float32 of shape [2 + steps, {self.size}], got {saved.dtype} {list(saved.shape)}"
             )
-        state = arena(with_index(device))
-        SLOTS.use_on(with_index(device))
+        state = SLOTS.arena_on(with_index(device))
         saved = saved.to(state.scale.device)
         steps = saved.shape[0] - 2
         state.reserve(SLOTS.capacity, max(steps, 1))

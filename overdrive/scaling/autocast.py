@@ -30,12 +30,13 @@ class Context:
     replayed: bool = False
 
     def snapshot_on(self, device: torch.device, slots: SlotRange) -> torch.Tensor:
-        """The scales on `device`, those of `slots` among them; taken now if the layer was built or moved since the autocast began."""
+        """The scales on `device`, those of `slots` too; taken now for layers built or moved since the autocast began."""
         assert self.snapshots is not None
         snapshot = self.snapshots.get(device)
         if torch.compiler.is_compiling() and snapshot is not None:
             return snapshot  # slots differ from layer to layer: compiled code must not look at them
         if snapshot is None or snapshot.numel() < slots.end:
+            SLOTS.use_on(device)
             snapshot = self.snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
         return snapshot
 

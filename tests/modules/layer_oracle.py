@@ -151,7 +151,7 @@ def step(module: Any, x: torch.Tensor, recipe: str = "plain", call: Callable[...
     module.zero_grad()
     x.grad = None
     with fp8(recipe):
-        outputs = tuple_of((call or module)(x, **arguments))
+        outputs = tuple_of((module if call is None else call)(x, **arguments))
     pairs = [pair for pair in zip(outputs, gradients_like(outputs)) if pair[0].requires_grad]
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
     grads = {"input": x.grad, **{name: parameter.grad for name, parameter in module.named_parameters()}}

@@ -246,6 +246,7 @@ def test_a_weight_given_to_a_layer_is_shared(layer, split, how, device):
     check(module, x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")  # torch.compile's own
 @pytest.mark.parametrize("tied", [("q_weight",), ("q_weight", "k_weight", "k_bias")])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tied_split_parameters_are_read_by_both_layers(compiled, tied, device):
