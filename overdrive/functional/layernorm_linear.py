@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import (
     GemmOptions,
@@ -61,7 +62,8 @@ class _LayerNormLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, snapshot, slots, x, gamma, mean, rstd = ctx.saved_tensors
         options, opts, scales = ctx.options, ctx.options.gemm, Scales(snapshot, slots)
         norm_op, w_op = unpack(tensors, ctx.layout)

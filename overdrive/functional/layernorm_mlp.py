@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from overdrive.functional.activation import ActivationOptions, activate, activation_gradient
 from overdrive.functional.gemm import (
@@ -95,7 +96,8 @@ class _LayerNormMLP(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, snapshot, slots, h, x, gamma, mean, rstd, seed = ctx.saved_tensors
         options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
         norm_op, w1_op, a_op, w2_op = unpack(tensors, ctx.layout)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import (
     GemmOptions,
@@ -109,7 +110,8 @@ class _Linear(torch.autograd.Function):
         return y_TN.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         *tensors, snapshot, slots = ctx.saved_tensors
         x_op, w_op = unpack(tensors, ctx.layout)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import calibrate
 from overdrive.ops.norm import norm, norm_backward
@@ -100,7 +101,8 @@ class _Norm(torch.autograd.Function):
         return y.view(x.shape) if isinstance(y, torch.Tensor) else Float8Tensor.from_quantized(y, x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         x, gamma, mean, rstd = ctx.saved_tensors
         dx, dgamma, dbeta = norm_gradient(dy.reshape(x.shape), x, gamma, mean, rstd, None, ctx.options)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import column_sum
 from overdrive.ops.residual import residual_add, residual_backward
@@ -28,7 +29,8 @@ class _BiasDropoutAdd(torch.autograd.Function):
         return residual_add(x.reshape(-1, width), bias, residual.reshape(-1, width), p, seed).view(residual.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads):
+    @once_differentiable
+    def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dout,) = grads
         (seed,) = ctx.saved_tensors
         dtype, bias_dtype = ctx.dtypes
