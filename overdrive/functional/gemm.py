@@ -98,6 +98,19 @@ def for_backward(operand: Operand) -> Operand:
     return operand.only_transposed() if isinstance(operand, QuantizedTensor) else operand
 
 
+def release(*operands: Operand | None) -> None:
+    """Free saved operands that nothing but this backward reads, after their last use.
+
+    Autograd would hold them until its node ends, next to all that the node makes. With retain_graph=True they stay.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    for operand in operands:
+        for tensor in (operand.data, operand.data_t) if isinstance(operand, QuantizedTensor) else (operand,):
+            if tensor is not None:
+                tensor.untyped_storage().resize_(0)
+
+
 def forward_product(x: Operand, weight: Operand, bias: torch.Tensor | None, options: GemmOptions) -> torch.Tensor:
     """y = x w^T + bias."""
     fast = options.rules is not None and not options.rules.recipe.fp8_gemm_fprop.use_split_accumulator

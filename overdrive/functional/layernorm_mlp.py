@@ -19,6 +19,7 @@ from overdrive.functional.gemm import (
     grad_operand,
     input_gradient,
     input_operand,
+    release,
     weight_gradients,
     weight_operand,
 )
@@ -85,6 +86,7 @@ class _LayerNormMLP(torch.autograd.Function):
             for_backward(w2_op) if fc2.input_grad else None,
         )
         tensors, ctx.layout = pack(kept)
+        ctx.cached2 = cached2 is not None
         of_norm = (x_TK, gamma, mean, rstd, seed) if fc1.input_grad else (None,) * 5
         ctx.save_for_backward(*tensors, snapshot, slots, h if fc2.input_grad else None, *of_norm)
         ctx.options, ctx.shape, ctx.count = options, shape, len(parameters)
@@ -106,12 +108,18 @@ class _LayerNormMLP(torch.autograd.Function):
         dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2), dbias2, fc2)
         if not fc2.input_grad:
             return (None,) * (9 + options.fc1_arguments) + dfc2
+        if fc2.sink is None:
+            release(a_op)
         da = input_gradient(dy_op, w2_op, fc2)
+        del dy_op
         dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
+        del da
+        release(h, w2_op if fc2.quantizes and not ctx.cached2 else None)
         dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
         if not fc1.input_grad:
             return (None,) * 9 + dfc1 + dfc2
         dnorm = input_gradient(dh_op, w1_op, fc1)
+        del dh_op
         if options.return_norm:
             dnorm = dnorm + grads[1].reshape(dnorm.shape)
         dresidual = grads[-1].reshape(x.shape) if options.return_residual else None

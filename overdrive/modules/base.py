@@ -151,8 +151,11 @@ class Module(nn.Module):
         self._linears[index] = LinearNames("", None, sum(linear.sizes), bool(linear.biases))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and name in ("weight", "bias"):
-            self._accept_whole(name)
+        if isinstance(value, nn.Parameter):
+            if any(name == linear.fused[1] and not linear.biases for linear in self.__dict__.get("_linears", ())):
+                raise ValueError(f"{self._label}: .{name} was assigned, but the layer adds none; build it with bias=True")
+            if name in ("weight", "bias"):
+                self._accept_whole(name)
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -53,8 +53,7 @@ def _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b) -> torch.Te
     operands = ((scale_a, mode_a), (scale_b, mode_b))
     # 128x128 scales are handed over transposed: [K/128 padded to 4, rows/128], the first index fastest
     (sa, sb) = (scale.t() if mode == Mode.BLOCK_2D else scale for scale, mode in operands)
-    out = F.scaled_mm(a, b.t(), sa, kinds[Mode(mode_a)], sb, kinds[Mode(mode_b)], output_dtype=dtype)
-    return out if bias is None else out + bias
+    return F.scaled_mm(a, b.t(), sa, kinds[Mode(mode_a)], sb, kinds[Mode(mode_b)], bias=bias, output_dtype=dtype)
 
 
 gemm = define(

@@ -210,3 +210,10 @@ def test_a_refused_recipe_leaves_no_autocast_behind(device):
     with pytest.raises(TypeError), te.autocast(recipe="delayed"):
         pass
     assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.parametrize("build", [lambda: te.Linear(16, 16, bias=False), lambda: te.LayerNormLinear(16, 16, bias=False)])
+def test_a_bias_given_to_a_layer_without_one_is_refused(build):
+    layer = build()
+    with pytest.raises(ValueError, match=r"\.bias was assigned, but the layer adds none; build it with bias=True"):
+        layer.bias = torch.nn.Parameter(torch.zeros(16))
