@@ -25,7 +25,7 @@ from overdrive.functional.gemm import (
 )
 from overdrive.functional.linear import Parameters, gradients, read
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize, residual_normalize
-from overdrive.ops.residual import residual_backward
+from overdrive.functional.residual import branch_gradient
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import pack, unpack
 
@@ -112,9 +112,10 @@ class _LayerNormMLP(torch.autograd.Function):
             release(a_op)
         da = input_gradient(dy_op, w2_op, fc2)
         del dy_op
+        release(w2_op if fc2.quantizes and not ctx.cached2 else None)
         dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
         del da
-        release(h, w2_op if fc2.quantizes and not ctx.cached2 else None)
+        release(h)
         dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
         if not fc1.input_grad:
             return (None,) * 9 + dfc1 + dfc2
@@ -124,14 +125,12 @@ class _LayerNormMLP(torch.autograd.Function):
             dnorm = dnorm + grads[1].reshape(dnorm.shape)
         dresidual = grads[-1].reshape(x.shape) if options.return_residual else None
         dx, dgamma, dbeta = norm_gradient(dnorm, x, gamma, mean, rstd, dresidual, options.norm)
+        dx = dx.view(ctx.shape)
         dfront, dfront_bias = None, None
         if options.add_residual:
-            dfront = dx.view(ctx.shape)
-            if options.p > 0 or options.residual_bias_grad:
-                dx, dfront_bias = residual_backward(dx, options.p, seed, options.residual_bias_grad)
-            if not options.residual_bias_grad:
-                dfront_bias = None
-        return dx.view(ctx.shape), dfront, dfront_bias, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
+            dfront = dx
+            dx, dfront_bias = branch_gradient(dx, options.p, seed, options.residual_bias_grad)
+        return dx, dfront, dfront_bias, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
 
 
 def layernorm_mlp(

@@ -35,12 +35,20 @@ class _BiasDropoutAdd(torch.autograd.Function):
         (seed,) = ctx.saved_tensors
         dtype, bias_dtype = ctx.dtypes
         bias_grad = ctx.needs_input_grad[1]
-        dout_TK = dout.reshape(-1, dout.shape[-1])
-        if ctx.p > 0:
-            dx, dbias = residual_backward(dout_TK, ctx.p, seed, bias_grad)
-        else:  # dx is dout itself: nothing to write
-            dx, dbias = dout, column_sum(dout_TK) if bias_grad else None
-        return dx.view(dout.shape).to(dtype), dbias.to(bias_dtype) if dbias is not None and bias_grad else None, dout, None, None
+        dx, dbias = branch_gradient(dout, ctx.p, seed, bias_grad)
+        return dx.to(dtype), None if dbias is None else dbias.to(bias_dtype), dout, None, None
+
+
+def branch_gradient(
+    dout: torch.Tensor, p: float, seed: torch.Tensor | None, bias_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dx, dbias) of residual + dropout_p(x + bias). Where nothing drops dx is dout itself, the object and not a view: autograd
+    may take a view for a gradient's own memory and add into it."""
+    dout_TK = dout.reshape(-1, dout.shape[-1])
+    if p == 0:
+        return dout, column_sum(dout_TK) if bias_grad else None
+    dx, dbias = residual_backward(dout_TK, p, seed, bias_grad)
+    return dx.view(dout.shape), dbias if bias_grad else None
 
 
 def bias_dropout_add(

@@ -10,36 +10,47 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.quantize import quantize
-from overdrive.kernels.tile import dense, run_tiles
+from overdrive.kernels.tile import dense, run_tiles, tile_shape
 from overdrive.ops.quantize import Quantization
 
 
 @triton.jit
-def _gather(x, strides, t, B, head, d, mask):
-    offsets = (t // B).to(tl.int64) * strides[0] + (t % B).to(tl.int64) * strides[1]
-    return tl.load(x + offsets[:, None] + (head * strides[2] + d)[None, :], mask, 0.0).to(tl.float32)
+def _gather(x, s0, s1, s2, t, B, head, d, mask):
+    offsets = (t // B).to(tl.int64) * s0 + (t % B).to(tl.int64) * s1
+    return tl.load(x + offsets[:, None] + (head * s2 + d)[None, :], mask, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _qkv_source(args, INTERLEAVED: tl.constexpr, row0, r, cols, T, F):
-    """Source: args (dq, dk, dv, their strides, B, D, H, G)."""
-    dq, dk, dv, q_strides, k_strides, v_strides, B, D, H, G = args
-    t = row0 + r
-    slot, d = cols // D, cols % D
+def _place(slot, INTERLEAVED: tl.constexpr, H, G):
+    """(is a head of Q, of K, which head of that) of a head slot."""
     if INTERLEAVED:
         per_group = H // G
         group, place = slot // (per_group + 2), slot % (per_group + 2)
-        q_head = group * per_group + place
-        is_q, is_k, is_v = place < per_group, place == per_group, place == per_group + 1
-        k_head, v_head = group, group
-    else:
-        q_head, k_head, v_head = slot, slot - H, slot - H - G
-        is_q, is_k, is_v = slot < H, (slot >= H) & (slot < H + G), slot >= H + G
+        is_q, is_k = place < per_group, place == per_group
+        return is_q, is_k, tl.where(is_q, group * per_group + place, group)
+    is_q, is_k = slot < H, (slot >= H) & (slot < H + G)
+    return is_q, is_k, tl.where(is_q, slot, tl.where(is_k, slot - H, slot - H - G))
+
+
+@triton.jit
+def _qkv_source(args, FLAG: tl.constexpr, row0, r, cols, T, F):
+    """Source: args (dq, dk, dv, their strides, B, D, H, G). FLAG: 1 if interleaved, + 2 if no tile spans two heads."""
+    dq, dk, dv, q_strides, k_strides, v_strides, B, D, H, G = args
+    t = row0 + r
     inside = (t < T)[:, None] & (cols < F)[None, :]
-    # where a tile lies in one of the three, the other loads are off
-    q = _gather(dq, q_strides, t, B, q_head, d, inside & is_q[None, :])
-    k = _gather(dk, k_strides, t, B, k_head, d, inside & is_k[None, :])
-    v = _gather(dv, v_strides, t, B, v_head, d, inside & is_v[None, :])
+    if FLAG >= 2:  # one source for the tile, so one load
+        slot = tl.min(cols, 0) // D
+        is_q, is_k, head = _place(slot, FLAG % 2 == 1, H, G)
+        x = tl.where(is_q, dq, tl.where(is_k, dk, dv))
+        s0 = tl.where(is_q, q_strides[0], tl.where(is_k, k_strides[0], v_strides[0]))
+        s1 = tl.where(is_q, q_strides[1], tl.where(is_k, k_strides[1], v_strides[1]))
+        s2 = tl.where(is_q, q_strides[2], tl.where(is_k, k_strides[2], v_strides[2]))
+        return (_gather(x, s0, s1, s2, t, B, head, cols - slot * D, inside),)
+    is_q, is_k, head = _place(cols // D, FLAG % 2 == 1, H, G)
+    d = cols % D
+    q = _gather(dq, q_strides[0], q_strides[1], q_strides[2], t, B, head, d, inside & is_q[None, :])
+    k = _gather(dk, k_strides[0], k_strides[1], k_strides[2], t, B, head, d, inside & is_k[None, :])
+    v = _gather(dv, v_strides[0], v_strides[1], v_strides[2], t, B, head, d, inside & ~(is_q | is_k)[None, :])
     return (tl.where(is_q[None, :], q, tl.where(is_k[None, :], k, v)),)
 
 
@@ -52,5 +63,8 @@ def qkv_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleav
     shape = (outer * inner, (heads + 2 * groups) * width)
     if 0 in shape:  # strides of empty tensors mean nothing
         return quantize(dq.new_empty(shape), bias_grad, *tail)
-    out, column_sum = run_tiles(_qkv_source, args, interleaved, dq, shape, Quantization(*tail), bias_grad=bias_grad)
+    quantization = Quantization(*tail)
+    _, tile_width, _ = tile_shape(quantization.mode, quantization.col, 1)
+    flag = int(interleaved) + (0 if width % tile_width else 2)
+    out, column_sum = run_tiles(_qkv_source, args, flag, dq, shape, quantization, bias_grad=bias_grad)
     return (*out, column_sum)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import overdrive.pytorch as te
 from overdrive.functional.residual import bias_dropout_add, dropout_seed
 from overdrive.ops.residual import dropout_scale
 from tests.numerics import assert_close
@@ -88,3 +89,15 @@ def test_another_branch_as_bias(device):
     assert_close(out, (x + other + residual).detach().cpu().double(), torch.float32)
     grads = torch.autograd.grad(out, (x, other, residual), torch.ones_like(out))
     assert all((grad == 1).all() for grad in grads)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_both_branches_are_not_one_memory(device, fused):
+    """Without dropout both leaves get the same gradient; adding into one must not change the other."""
+    x, residual = (torch.randn(4, 32, device=device, requires_grad=True) for _ in range(2))
+    mlp = te.LayerNormMLP(32, 64, device=device)
+    out = mlp.forward_fused_residual(x, None, residual, 0.0)[1] if fused else bias_dropout_add(x, None, residual)
+    out.sum().backward()
+    before = residual.grad.clone()
+    x.grad.add_(1)
+    assert torch.equal(residual.grad, before)
