@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import nn
 
 import overdrive.pytorch as te
@@ -157,7 +160,16 @@ def main() -> None:
         rows.append(row)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     if a.json:
-        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "overdrive": te.__version__, "arguments": vars(a)}
+        about = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cudnn": torch.backends.cudnn.version(),
+            "overdrive": te.__version__,
+            "arguments": {name: value for name, value in vars(a).items() if name != "json"},
+        }
         with open(a.json, "w") as file:
             json.dump({**about, "rows": rows}, file, indent=1)
 
