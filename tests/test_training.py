@@ -105,7 +105,6 @@ def bf16_loss(device) -> float:
     return final(values)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_ends_within_one_percent_of_bf16(device, recipe, bf16_loss):
     values = losses(device, RECIPES[recipe])
