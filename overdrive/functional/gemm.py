@@ -56,15 +56,15 @@ def calibrate(x: torch.Tensor, quantizer: Quantizer, scales: Scales) -> None:
         record_amax(arena(x.device).counter, x, scales.slots, quantizer.slot, quantizer.tenant)
 
 
-def input_operand(x: Operand, options: GemmOptions, scales: Scales) -> Operand:
-    """x as the forward GEMM reads it; in both layouts where a weight gradient will want the other."""
+def input_operand(x: Operand, options: GemmOptions, scales: Scales, row_only: bool = False) -> Operand:
+    """x as the forward GEMM reads it; unless row_only, in both layouts where a weight gradient will want the other."""
     rules = options.rules
     if rules is None or isinstance(x, QuantizedTensor):
         return x
     if not rules.quantizes:
         calibrate(x, rules.input, scales)
         return x
-    return rules.input(x, scales, row=True, col=options.weight_grad)[0]
+    return rules.input(x, scales, row=True, col=options.weight_grad and not row_only)[0]
 
 
 def weight_operand(weight: torch.Tensor, options: GemmOptions, scales: Scales, cached: QuantizedTensor | None = None) -> Operand:

@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
         opts, scales = options.gemm, Scales(snapshot, slots)
         weight, bias, cached = read(parameters, opts)
         x_TK = _quantized_input(x, opts)
-        x_op = input_operand(x_TK, opts, scales)
+        x_op = input_operand(x_TK, opts, scales, row_only=options.save_original_input)
         w_op = weight_operand(weight, opts, scales, cached)
         y_TN = forward_product(x_op, w_op, bias, opts)
         x_saved = x_TK if options.save_original_input else for_backward(x_op)
