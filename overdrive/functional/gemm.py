@@ -12,7 +12,8 @@ import torch
 
 from overdrive.ops.gemm import gemm
 from overdrive.ops.quantize import Mode
-from overdrive.ops.scaling import arena, record_amax
+from overdrive.ops.scaling import record_amax
+from overdrive.scaling.arena import SLOTS, with_index
 from overdrive.scaling.quantizers import Quantizer, Rules, Scales
 from overdrive.scaling.tensor import Operand, QuantizedTensor
 
@@ -53,7 +54,7 @@ def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None
 def calibrate(x: torch.Tensor, quantizer: Quantizer, scales: Scales) -> None:
     """Record the amax that quantizing x would have."""
     if quantizer.tenant >= 0:
-        record_amax(arena(x.device).counter, x, scales.slots, quantizer.slot, quantizer.tenant)
+        record_amax(SLOTS.counters[with_index(x.device)], x, scales.slots, quantizer.slot, quantizer.tenant)
 
 
 def input_operand(x: Operand, options: GemmOptions, scales: Scales, row_only: bool = False) -> Operand:
