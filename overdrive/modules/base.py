@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from overdrive.functional.gemm import GemmOptions
 from overdrive.functional.linear import Parameters
-from overdrive.modules.checks import InitMethod, mark_sequence_parallel
+from overdrive.modules.checks import InitMethod, mark_parallel, mark_sequence_parallel
 from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.quantize import PAD
 from overdrive.scaling.arena import SlotRange, with_index
@@ -160,7 +160,8 @@ class Module(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's. A whole `weight` or `bias` given to a layer with split ones replaces the parts, and is shared, not
-        copied."""
+        copied.
+        """
         if param is not None and name in ("weight", "bias"):
             self._accept_whole(name)
         super().register_parameter(name, param)
@@ -374,13 +375,6 @@ def warn_of_foreign_state(key: str, state: Any) -> None:
         "steps",
         stacklevel=3,
     )
-
-
-def mark_parallel(parameter: torch.Tensor, dim: int) -> None:
-    """Attributes by which training frameworks know how a parameter is partitioned."""
-    parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
-    parameter.partition_dim = dim  # pyright: ignore[reportAttributeAccessIssue]
-    parameter.partition_stride = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def autocasts(device: torch.device) -> bool:

@@ -89,6 +89,13 @@ def normal_init(tensor: torch.Tensor) -> None:
 InitMethod = Callable[[torch.Tensor], Any]
 
 
+def mark_parallel(parameter: torch.Tensor, dim: int) -> None:
+    """Attributes by which training frameworks know how a parameter is partitioned."""
+    parameter.tensor_model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.partition_dim = dim  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.partition_stride = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def mark_sequence_parallel(parameter: torch.Tensor) -> None:
     """Tell training frameworks that the parameter's gradient is whole on each rank."""
     parameter.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]

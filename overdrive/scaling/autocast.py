@@ -22,7 +22,8 @@ class Context:
     """What an autocast asks of the layers inside.
 
     rules: how to quantize, None for high precision. tenant: delayed scaling's number of the recipe and group. snapshots: this
-    step's scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already."""
+    step's scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already.
+    """
 
     rules: Rules | None = None
     tenant: int = -1
@@ -37,7 +38,13 @@ class Context:
             return snapshot  # slots differ from layer to layer: compiled code must not look at them
         if snapshot is None or snapshot.numel() < slots.end:
             SLOTS.use_on(device)
-            snapshot = self.snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
+            snapshot = self.renew(device)
+        return snapshot
+
+    def renew(self, device: torch.device) -> torch.Tensor:
+        """Take the scales on `device` anew, without ending a step."""
+        assert self.snapshots is not None
+        snapshot = self.snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
         return snapshot
 
 
@@ -146,9 +153,9 @@ def fp8_autocast(
 
 def renew_snapshot(device: torch.device) -> None:
     """Tell the autocast that is on of slots handed out or restored since it was entered."""
-    snapshots, device = STATE.context.snapshots, with_index(device)
-    if snapshots is not None and device in SLOTS.counters:
-        snapshots[device] = begin_step(SLOTS.counters[device], SLOTS.capacity, -1)
+    device = with_index(device)
+    if STATE.context.snapshots is not None and device in SLOTS.counters:
+        STATE.context.renew(device)
 
 
 def current_context() -> tuple[Context, bool]:
