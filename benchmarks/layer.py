@@ -3,7 +3,8 @@
     python benchmarks/layer.py [--batch 4 --iterations 30 --json out.json]
 
 Everything is checked against the plain layer in float32 before it is timed. Medians over rounds that visit the variants
-in random order: the GPU is limited by its power, so a variant is slower after a hungry one."""
+in random order: the GPU is limited by its power, so a variant is slower after a hungry one.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ Mask = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 class MaskKind(NamedTuple):
     """padding, arbitrary: the caller's tensor counts. causal: no key after its query, where the first query and the first key stand
-    side by side, or (bottom_right) the last two."""
+    side by side, or (bottom_right) the last two.
+    """
 
     padding: bool = False
     causal: bool = False

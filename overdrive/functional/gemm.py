@@ -1,7 +1,8 @@
 """The GEMM stage: operands, products, gradients. Linear, LayerNormLinear and LayerNormMLP are compositions of it.
 
 Shapes: x [T, K] tokens by inputs, weight [N, K], y and dy [T, N]. Every product is `matmul(a, b) = a @ b.T`; `.t()` on an
-operand says which layout it contracts over: y = x w^T, dx = dy (w^T)^T, dw = dy^T (x^T)^T."""
+operand says which layout it contracts over: y = x w^T, dx = dy (w^T)^T, dw = dy^T (x^T)^T.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from overdrive.scaling.tensor import pack, unpack
 @dataclass
 class LayerNormLinearOptions:
     """return_norm: also return the norm's output. return_residual: also return x, whose gradient then joins inside norm
-    backward."""
+    backward.
+    """
 
     norm: NormOptions
     gemm: GemmOptions

@@ -43,7 +43,8 @@ class Residual:
 @dataclass
 class LayerNormMLPOptions:
     """fc1_arguments: how many of the Function's arguments are fc1's parameters. add_residual: a Residual comes first, dropping with
-    probability p. return_norm, return_residual: also return the norm's output; the norm's input."""
+    probability p. return_norm, return_residual: also return the norm's output; the norm's input.
+    """
 
     norm: NormOptions
     activation: ActivationOptions

@@ -28,7 +28,8 @@ class Parameters:
     """A weight [N, K] and bias [N], in one parameter each or in several.
 
     Where there are several, they are views of `fused_weight` and `fused_bias`, which the products read; gradients go to the
-    parts. No biases: none is added. cached: the weight as quantized for an earlier microbatch."""
+    parts. No biases: none is added. cached: the weight as quantized for an earlier microbatch.
+    """
 
     weights: tuple[torch.Tensor, ...]
     biases: tuple[torch.Tensor, ...]
@@ -69,7 +70,8 @@ def gradients(
 @dataclass
 class LinearOptions:
     """gemm: the product. training: a backward may come. save_original_input: keep x itself and quantize its transpose in backward.
-    fp8_output: return a Float8Tensor."""
+    fp8_output: return a Float8Tensor.
+    """
 
     gemm: GemmOptions
     training: bool

@@ -119,5 +119,6 @@ def layer_norm(
     training: bool = False,
 ) -> torch.Tensor:
     """Norm of x [..., K] over its last dimension; a Float8Tensor where `rules` are given, with the copy backward needs if
-    training."""
+    training.
+    """
     return _Norm.apply(x, gamma, beta, scales.snapshot, scales.slots, rules, training, options)

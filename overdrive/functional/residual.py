@@ -43,7 +43,8 @@ def branch_gradient(
     dout: torch.Tensor, p: float, seed: torch.Tensor | None, bias_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dx, dbias) of residual + dropout_p(x + bias). Where nothing drops dx is dout itself, the object and not a view: autograd
-    may take a view for a gradient's own memory and add into it."""
+    may take a view for a gradient's own memory and add into it.
+    """
     dout_TK = dout.reshape(-1, dout.shape[-1])
     if p == 0:
         return dout, column_sum(dout_TK) if bias_grad else None

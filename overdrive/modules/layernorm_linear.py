@@ -47,7 +47,8 @@ class LayerNormLinear(Module):
     Parameters: layer_norm_weight [in_features], layer_norm_bias (LayerNorm only), and weight and bias as in `Linear`,
     parameters_split too. normalization: "LayerNorm" or "RMSNorm". zero_centered_gamma: the gain is 1 + layer_norm_weight.
     return_layernorm_output: also return the norm's output, after the bias if that is returned too. Other arguments as in
-    `Linear`. parallel_mode="row" and arguments of parallelism raise NotImplementedError."""
+    `Linear`. parallel_mode="row" and arguments of parallelism raise NotImplementedError.
+    """
 
     layer_norm_weight: torch.nn.Parameter
     layer_norm_bias: torch.nn.Parameter | None
@@ -136,14 +137,16 @@ class LayerNormLinear(Module):
 
     def forward_with_residual(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> tuple[Any, torch.Tensor]:
         """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward
-        kernel."""
+        kernel.
+        """
         return self._forward(inp, is_first_microbatch, residual=True)
 
     def forward_qkv(
         self, inp: torch.Tensor, layout: QKVLayout, is_first_microbatch: bool | None = None, residual: bool = False
     ) -> Any:
         """forward, or forward_with_residual, with a tuple (Q, K, V) for the output: their gradients come back without a
-        concatenation."""
+        concatenation.
+        """
         return self._forward(inp, is_first_microbatch, residual, layout)
 
     def _forward(self, inp: torch.Tensor, is_first_microbatch: bool | None, residual: bool, qkv: QKVLayout | None = None) -> Any:

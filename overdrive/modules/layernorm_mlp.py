@@ -56,7 +56,8 @@ class LayerNormMLP(Module):
     output_layer_init_method fc2, N(0, 0.023) by default. activation: a key of ops.activation.ACTIVATIONS; activation_params:
     {"limit", "alpha"} of clamped_swiglu. return_bias: return (y without fc2's bias, that bias). checkpoint: keep only x and
     recompute the rest in backward. seq_length, micro_batch_size: accepted, not needed. Arguments of parallelism raise
-    NotImplementedError unless at their defaults."""
+    NotImplementedError unless at their defaults.
+    """
 
     layer_norm_weight: torch.nn.Parameter
     layer_norm_bias: torch.nn.Parameter | None
@@ -138,7 +139,8 @@ class LayerNormMLP(Module):
 
     def forward_with_residual(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> tuple[Any, torch.Tensor]:
         """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward
-        kernel."""
+        kernel.
+        """
         return self._run(inp, is_first_microbatch, None, True)
 
     def forward_fused_residual(

@@ -31,7 +31,8 @@ class Linear(Module):
     return_bias: return (y without bias, bias). fuse_wgrad_accumulation: add weight gradients into `weight.main_grad`.
     delay_wgrad_compute: compute them in `backward_dw()`. save_original_input: keep the input itself for backward, for when
     something else keeps it too. device: the GPU where there is one, else the CPU. Arguments of parallelism raise
-    NotImplementedError unless at their defaults; unknown modes, bad sizes ValueError."""
+    NotImplementedError unless at their defaults; unknown modes, bad sizes ValueError.
+    """
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ class Linear(Module):
 
         is_first_microbatch: None quantizes the weight at each call, True also keeps it, False uses the kept one. fp8_output:
         return a Float8Tensor when running in FP8. ValueError for a wrong last dimension or device, TypeError for a wrong
-        dtype."""
+        dtype.
+        """
         refuse(self._label, {"fp8_grad": (fp8_grad, False)}, "gradients between layers stay in high precision")
         dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
         context, training = current_context()

@@ -1,7 +1,8 @@
 """Matrix products: out = a @ b.T (+ bias), both operands with the contraction last, in fp32/fp16/bf16 or FP8.
 
 Shapes: a [M, K], b [N, K], bias [N], out [M, N]. FP8 operands are quantized data with their reciprocal scales
-(ops.quantize.Quantized)."""
+(ops.quantize.Quantized).
+"""
 
 from __future__ import annotations
 

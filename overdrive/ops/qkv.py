@@ -1,7 +1,8 @@
 """The gradient of a QKV product, put together from those of Q, K and V in one pass, quantized on the way if wanted.
 
 Shapes: dq [A, B, H, D], dk and dv [A, B, G, D], of any strides; the product is [T, N] with T = A * B, N = (H + 2 G) * D. Its
-features lie interleaved as [G, H / G + 2, D], or as [Q; K; V]."""
+features lie interleaved as [G, H / G + 2, D], or as [Q; K; V].
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ class Quantized(NamedTuple):
 
     data [Tp, K], data_t [K, Tp]: FP8, contiguous (PLAIN: data [T, K] in `dtype`, nothing else). scale_inv, scale_inv_t: f32
     reciprocal scales. Per tensor: [1], serving both. BLOCK_1D: [Tp, K/128] and [K, Tp/128], rows fastest. BLOCK_2D: [Tp/128,
-    K/128] and [K/128, Tp/128], each row padded to a multiple of 4 blocks, as cuBLAS reads them."""
+    K/128] and [K/128, Tp/128], each row padded to a multiple of 4 blocks, as cuBLAS reads them.
+    """
 
     data: torch.Tensor
     data_t: torch.Tensor

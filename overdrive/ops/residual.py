@@ -2,7 +2,8 @@
 
 Shapes: x, residual, out [T, K]; bias [K]. out = residual + dropout(x + bias), f32 inside. The dropout mask is a hash of the
 element's index and a seed, so backward recomputes it and nothing is stored; CPU and GPU draw the same mask from the same
-seed."""
+seed.
+"""
 
 from __future__ import annotations
 

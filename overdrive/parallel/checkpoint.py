@@ -20,7 +20,8 @@ def checkpoint(
     """`function(*args, **kwargs)`, recomputed in backward instead of kept.
 
     The same as torch.utils.checkpoint.checkpoint, which overdrive's layers understand as well: the recomputation uses the
-    recipe and the scales of the forward. With use_reentrant=True keyword arguments are passed on too."""
+    recipe and the scales of the forward. With use_reentrant=True keyword arguments are passed on too.
+    """
     for name, value in (("distribute_saved_activations", distribute_saved_activations or None), ("tp_group", tp_group)):
         if value is not None:
             raise NotImplementedError(f"checkpoint: {name}={value!r} is not supported (parallelism is not built yet); leave it out")

@@ -90,7 +90,8 @@ class SlotRange:
 
     def export(self, device: torch.device) -> torch.Tensor | None:
         """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was
-        recorded."""
+        recorded.
+        """
         state = SLOTS.arena_on(with_index(device))
         if self.start >= state.capacity:
             return None
@@ -129,5 +130,6 @@ class SlotRange:
 @constant_result
 def tenant_of(group: Any, *fields: Any) -> int:
     """Number of DelayedScaling(*fields) and a process group, the same for equal ones. A constant to compiled code, whose tracer
-    takes constants only as arguments: hence fields, not a recipe."""
+    takes constants only as arguments: hence fields, not a recipe.
+    """
     return tenant_id(DelayedScaling(*fields), group)

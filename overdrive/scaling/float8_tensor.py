@@ -1,5 +1,6 @@
 """`Float8Tensor`: a quantized activation as users see it, a tensor that autograd follows and the next Linear does not
-quantize again."""
+quantize again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Float8Tensor(torch.Tensor):
     """An FP8 tensor that looks like one of its nominal dtype (bf16, say).
 
     Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first.
-    Saving it with torch.save stores the plain tensor of its values, so files hold no code of ours."""
+    Saving it with torch.save stores the plain tensor of its values, so files hold no code of ours.
+    """
 
     _data: torch.Tensor | None
     _data_t: torch.Tensor | None

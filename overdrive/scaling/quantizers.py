@@ -17,7 +17,8 @@ _BLOCK = {1: Mode.BLOCK_1D, 2: Mode.BLOCK_2D}
 
 class Scales(NamedTuple):
     """Where delayed scaling finds its scales: the step's snapshot f32 [capacity] and the module's slots i32. None for other
-    recipes."""
+    recipes.
+    """
 
     snapshot: torch.Tensor | None = None
     slots: torch.Tensor | None = None

@@ -3,7 +3,8 @@
 torch.utils.checkpoint runs a function twice, the second time inside backward, when the autocast has long ended or begun a new
 step. Both runs share one object: the frame that its saved-tensor hooks close over (use_reentrant=False) or the autograd node
 (True). What the first run used is kept on that object, so it lives exactly as long as it may be needed. Checkpoints nest, and the
-first run of an inner one may be part of the repetition of an outer one, hence the walk up the stack."""
+first run of an inner one may be part of the repetition of an outer one, hence the walk up the stack.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Recording:
 
 class Running(NamedTuple):
     """The checkpointed calls that are running. first: those in their first run, innermost first. repeated: the one being repeated,
-    by the backward `task`, around those."""
+    by the backward `task`, around those.
+    """
 
     first: tuple[Recording, ...] = ()
     repeated: Recording | None = None

@@ -16,7 +16,8 @@ class QuantizedTensor:
     """FP8 values of a matrix in one or both layouts, with reciprocal scales (ops.quantize.Quantized has their shapes).
 
     data [Tp, K] serves products that contract over K, data_t [K, Tp] those over T. shape is the unpadded (T, K), dtype what
-    the values stand for. `.t()` swaps the layouts, as a plain tensor's does, so a GEMM is written once for both."""
+    the values stand for. `.t()` swaps the layouts, as a plain tensor's does, so a GEMM is written once for both.
+    """
 
     data: torch.Tensor | None
     data_t: torch.Tensor | None

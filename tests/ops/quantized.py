@@ -125,7 +125,8 @@ def on_cpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def assert_quantized_alike(actual: Quantized, expected: Quantized, q: Quantization, what: str = "") -> None:
     """Equal bits on the CPU. On a GPU the values before quantization may differ by some last bits: then one in a thousand may be
-    one FP8 step off, and what is next to nothing beside the largest value may be anything as small."""
+    one FP8 step off, and what is next to nothing beside the largest value may be anything as small.
+    """
     if actual.data.device.type == "cpu":
         for name in Quantized._fields:
             assert_same_bits(getattr(actual, name), getattr(expected, name), f"{what} {name}")
