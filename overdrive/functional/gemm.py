@@ -137,4 +137,5 @@ def weight_gradients(dy: Operand, x: Operand, options: GemmOptions) -> tuple[tor
         return (None,) * len(options.splits)
     if options.sink is not None:
         return options.sink(dy, x)
-    return weight_gradient(dy, x, options).split(options.splits)
+    dw = weight_gradient(dy, x, options)
+    return (dw,) if len(options.splits) == 1 else dw.split(options.splits)

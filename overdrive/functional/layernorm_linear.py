@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import (
     GemmOptions,
@@ -18,6 +17,7 @@ from overdrive.functional.gemm import (
     weight_operand,
 )
 from overdrive.functional.linear import Parameters, gradients, read
+from overdrive.functional.node import applied, first_order
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize
 from overdrive.functional.qkv import QKVLayout, output_count, outputs_gradient, outputs_of
 from overdrive.scaling.quantizers import Scales
@@ -63,7 +63,7 @@ class _LayerNormLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, snapshot, slots, x, gamma, mean, rstd = ctx.saved_tensors
         options, opts, scales = ctx.options, ctx.options.gemm, Scales(snapshot, slots)
@@ -80,6 +80,9 @@ class _LayerNormLinear(torch.autograd.Function):
         return dx.view(ctx.shape), dgamma, dbeta, None, None, None, *dparameters
 
 
+_apply = applied(_LayerNormLinear)
+
+
 def layernorm_linear(
     x: torch.Tensor,
     gamma: torch.Tensor,
@@ -89,4 +92,4 @@ def layernorm_linear(
     options: LayerNormLinearOptions,
 ) -> tuple[torch.Tensor, ...]:
     """x [..., K] -> (y [..., N] or Q, K and V, norm output [..., K] if asked for, x [..., K] if asked for)."""
-    return _LayerNormLinear.apply(x, gamma, beta, scales.snapshot, scales.slots, options, *parameters.flat())
+    return _apply(x, gamma, beta, scales.snapshot, scales.slots, options, *parameters.flat())

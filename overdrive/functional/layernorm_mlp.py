@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from overdrive.functional.activation import ActivationOptions, activate, activation_gradient
 from overdrive.functional.gemm import (
@@ -24,6 +23,7 @@ from overdrive.functional.gemm import (
     weight_operand,
 )
 from overdrive.functional.linear import Parameters, gradients, read
+from overdrive.functional.node import applied, first_order
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize, residual_normalize
 from overdrive.functional.residual import branch_gradient
 from overdrive.scaling.quantizers import Scales
@@ -99,7 +99,7 @@ class _LayerNormMLP(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, snapshot, slots, h, x, gamma, mean, rstd, seed = ctx.saved_tensors
         options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
@@ -134,6 +134,9 @@ class _LayerNormMLP(torch.autograd.Function):
         return dx, dfront, dfront_bias, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
 
 
+_apply = applied(_LayerNormMLP)
+
+
 def layernorm_mlp(
     x: torch.Tensor,
     gamma: torch.Tensor,
@@ -147,4 +150,4 @@ def layernorm_mlp(
     """x [..., K] -> (y [..., K], norm output if asked for, norm input if asked for)."""
     added = (None, None, None) if front is None else (front.residual, front.bias, front.seed)
     arguments = (gamma, beta, scales.snapshot, scales.slots, options, *fc1.flat(), *fc2.flat())
-    return _LayerNormMLP.apply(x, *added, *arguments)
+    return _apply(x, *added, *arguments)

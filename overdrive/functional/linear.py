@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import (
     GemmOptions,
@@ -18,6 +17,7 @@ from overdrive.functional.gemm import (
     weight_gradients,
     weight_operand,
 )
+from overdrive.functional.node import applied, first_order
 from overdrive.scaling.float8_tensor import Float8Tensor, quantized_of
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand, QuantizedTensor, pack, unpack
@@ -63,8 +63,9 @@ def gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `Parameters.flat`."""
     biases = flat_count - 3 - len(options.splits)
-    dbiases = (None,) * biases if dbias is None else dbias.split(options.splits)[:biases]
-    return (None, None, None, *dweights, *dbiases)
+    if dbias is None or biases == 0:
+        return (None, None, None, *dweights, *(None,) * biases)
+    return (None, None, None, *dweights, *((dbias,) if biases == 1 else dbias.split(options.splits)))
 
 
 @dataclass
@@ -112,7 +113,7 @@ class _Linear(torch.autograd.Function):
         return y_TN.view(shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         *tensors, snapshot, slots = ctx.saved_tensors
@@ -125,6 +126,9 @@ class _Linear(torch.autograd.Function):
         return dx, None, None, None, *gradients(ctx.count, weight_gradients(dy_op, x_op, opts), dbias, opts)
 
 
+_apply = applied(_Linear)
+
+
 def linear(x: torch.Tensor, parameters: Parameters, scales: Scales, options: LinearOptions) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
-    return _Linear.apply(x, scales.snapshot, scales.slots, options, *parameters.flat())
+    return _apply(x, scales.snapshot, scales.slots, options, *parameters.flat())

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import calibrate
+from overdrive.functional.node import applied, first_order
 from overdrive.ops.norm import norm, norm_backward
 from overdrive.ops.quantize import Mode, Quantization, Quantized
 from overdrive.ops.residual import residual_norm
@@ -101,12 +101,15 @@ class _Norm(torch.autograd.Function):
         return y.view(x.shape) if isinstance(y, torch.Tensor) else Float8Tensor.from_quantized(y, x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         x, gamma, mean, rstd = ctx.saved_tensors
         dx, dgamma, dbeta = norm_gradient(dy.reshape(x.shape), x, gamma, mean, rstd, None, ctx.options)
         return dx.view(dy.shape), dgamma, dbeta if ctx.biased else None, None, None, None, None, None
+
+
+_apply = applied(_Norm)
 
 
 def layer_norm(
@@ -121,4 +124,4 @@ def layer_norm(
     """Norm of x [..., K] over its last dimension; a Float8Tensor where `rules` are given, with the copy backward needs if
     training.
     """
-    return _Norm.apply(x, gamma, beta, scales.snapshot, scales.slots, rules, training, options)
+    return _apply(x, gamma, beta, scales.snapshot, scales.slots, rules, training, options)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from overdrive.functional.gemm import column_sum
+from overdrive.functional.node import applied, first_order
 from overdrive.ops.residual import residual_add, residual_backward
 
 
@@ -29,7 +29,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
         return residual_add(x.reshape(-1, width), bias, residual.reshape(-1, width), p, seed).view(residual.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dout,) = grads
         (seed,) = ctx.saved_tensors
@@ -37,6 +37,9 @@ class _BiasDropoutAdd(torch.autograd.Function):
         bias_grad = ctx.needs_input_grad[1]
         dx, dbias = branch_gradient(dout, ctx.p, seed, bias_grad)
         return dx.to(dtype), None if dbias is None else dbias.to(bias_dtype), dout, None, None
+
+
+_apply = applied(_BiasDropoutAdd)
 
 
 def branch_gradient(
@@ -68,4 +71,4 @@ def bias_dropout_add(
         samples = [size if dim == batch_dim else 1 for dim, size in enumerate(x.shape)]
         kept = torch.rand(samples, device=x.device) >= drop_path
         x, p = x * (kept / (1 - drop_path)).to(x.dtype), 0.0
-    return _BiasDropoutAdd.apply(x, bias, residual, p, dropout_seed(p, x.device))
+    return _apply(x, bias, residual, p, dropout_seed(p, x.device))

@@ -5,46 +5,79 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 
 # For every kernel: Triton 3.10 turns fusion of multiply and add off by default, and 3.9 warns of that.
 _FUSE = {"enable_fp_fusion": True}
+_NUMBERS = frozenset((int, float, bool, type(None)))
+MOST_HELD = 4096  # entries of a cache; sizes are part of its keys, so lengths that always change would fill it without end
 
+_launchers: dict[tuple[Any, ...], Launcher] = {}
 _held: dict[tuple[Any, ...], Any] = {}
+_hooks = triton.knobs.runtime
 
 
-def _kinds(args: tuple[Any, ...], key: list[Any]) -> tuple[Any, ...]:
-    """Append to `key` all that Triton specialises on; return the arguments with pointers for tensors."""
-    values = []
+def _flatten(args: tuple[Any, ...], key: list[Any]) -> tuple[list[Any], int]:
+    """Append numbers and dtypes to `key`; return the arguments with pointers for tensors, and all pointers or-ed."""
+    values, pointers = [], 0
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            pointer = arg.data_ptr()
-            key.append(arg.dtype)
-            key.append(pointer % 16 == 0)
-            values.append(pointer)
-        elif isinstance(arg, tuple):
-            values.append(_kinds(arg, key))
-        else:
+        kind = arg.__class__
+        if kind in _NUMBERS:
             values.append(arg)
-            if isinstance(arg, int):
-                key.append(0 if arg % 16 == 0 else 1 if arg == 1 else 2)
-                key.append(-(2**31) <= arg < 2**31)
-            else:
-                key.append(arg is None)
-    return tuple(values)
+            key.append(arg)
+        elif kind is tuple:
+            inner, bits = _flatten(arg, key)
+            values.append(tuple(inner))
+            pointers |= bits
+        else:
+            pointer = arg.data_ptr()
+            values.append(pointer)
+            key.append(arg.dtype)
+            pointers |= pointer
+    return values, pointers
+
+
+def _alignments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        _alignments(arg) if isinstance(arg, tuple) else isinstance(arg, torch.Tensor) and arg.data_ptr() % 16 == 0 for arg in args
+    )
+
+
+class Launcher:
+    """One kernel with its constexprs, which come last among its parameters."""
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:
+        self.kernel, self.constants, self.warps = kernel, constants, warps
+
+    def __call__(self, grid: tuple[int, int, int], device: int, args: tuple[Any, ...]) -> None:
+        """kernel[grid](*args, *constants) on the device's current stream."""
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self(grid, device, args)
+        key: list[Any] = [self, device]
+        values, pointers = _flatten(args, key)
+        if pointers & 15:
+            key.append(_alignments(args))
+        held = _held.get(tuple(key))
+        if held is None:
+            if len(_held) >= MOST_HELD:
+                _held.clear()
+            _held[tuple(key)] = self.kernel[grid](*args, *self.constants, num_warps=self.warps, **_FUSE)
+        elif _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:  # a profiler listens
+            held[grid](*values, *self.constants)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            held.run(*grid, stream, held.function, held.packed_metadata, None, None, None, *values, *self.constants)
+        return None
 
 
 def launch(
     kernel: Any, grid: tuple[int, int, int], device: int, args: tuple[Any, ...], constants: tuple[Any, ...], warps: int
 ) -> None:
-    """kernel[grid](*args, *constants) on the device's current stream; constants are the kernel's constexprs, which come last."""
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, device, args, constants, warps)
-    key: list[Any] = [kernel, device, constants, warps]
-    values = _kinds(args, key)
-    held = _held.get(tuple(key))
-    if held is None:
-        _held[tuple(key)] = kernel[grid](*args, *constants, num_warps=warps, **_FUSE)
-    else:
-        held[grid](*values, *constants)
-    return None
+    """Launch through the kernel's Launcher, looked up anew: for kernels whose caller keeps no plan."""
+    # jit functions hash themselves by their source, in Python
+    key = (id(kernel), warps, *[id(c) if isinstance(c, triton.JITFunction) else c for c in constants])
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = Launcher(kernel, constants, warps)
+    launcher(grid, device, args)

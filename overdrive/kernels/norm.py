@@ -199,7 +199,7 @@ def norm_backward(
     dresidual = None if dresidual is None else dense(dresidual)
     rows, cols = x.shape
     dx, dgamma = x.new_empty(x.shape), gamma.new_empty(cols)
-    dbeta = gamma.new_empty(0 if rms else cols)
+    dbeta = None if rms else gamma.new_empty(cols)
     height, width, warps = _row_shape(cols, 16)
     per_sm = max(_BACKWARD_WARPS // warps, 1)
     programs = min(max(_sm_count(x.device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
@@ -211,5 +211,5 @@ def norm_backward(
         _norm_backward_rows, (programs, 1, 1), x.get_device(),
         (args, gamma, mean, rstd, dx, partial, rows, cols), (rms, zero_centered, height, width, stages), warps,
     )  # fmt: skip
-    column_sums(partial, dgamma, None if rms else dbeta)
+    column_sums(partial, dgamma, dbeta)
     return dx, dgamma, dbeta

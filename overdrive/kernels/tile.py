@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.fp8 import amax_bits, scale_from_amax, to_fp8, to_words
-from overdrive.kernels.launch import launch
+from overdrive.kernels.launch import MOST_HELD, Launcher
 from overdrive.ops.quantize import BLOCK, Mode, Quantization, Quantized, new_quantized, padded
 from overdrive.ops.scaling import arena
 
@@ -133,7 +133,7 @@ def tile_kernel(args, q, qt, inv, inv_t, scales, slots, slot, amax, owner, tenan
                 STAGES: tl.constexpr):  # fmt: skip
     """REPEAT tiles, one below the other.
 
-    amax: i32, the arena's (DELAYED) or [1] (AMAX writes it, CURRENT reads it). owner, sums f32 [programs down, K]: or None.
+    amax: i32, the arena's (DELAYED) or [1] (AMAX writes it, CURRENT reads it). owner, sums [programs down, K]: or None.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     STEP: tl.constexpr = 4 if COL else 1
@@ -185,9 +185,9 @@ def tile_kernel(args, q, qt, inv, inv_t, scales, slots, slot, amax, owner, tenan
                 _store_block_2d(q, qt, inv, inv_t, tiles, bits, half, row0, r, first, c, end, K, T16, POWER_OF_2, ROW, COL, STEP)
     if sums is not None:
         sums += band.to(tl.int64) * K + col0
-        tl.store(sums + c, tl.sum(total, 0), c < F - col0)
+        tl.store(sums + c, tl.sum(total, 0).to(sums.dtype.element_ty), c < F - col0)
         if HALVES == 2:
-            tl.store(sums + F + c, tl.sum(second_total, 0), c < F - col0)
+            tl.store(sums + F + c, tl.sum(second_total, 0).to(sums.dtype.element_ty), c < F - col0)
 
 
 @triton.jit
@@ -210,13 +210,16 @@ def _column_sums(args, P, K, BP: tl.constexpr, BK: tl.constexpr):
         _sum_rows(partial + P.to(tl.int64) * K, second, P, K, BP, BK)
 
 
+_COLUMN_SUMS = Launcher(_column_sums, (256, 16), 8)
+
+
 def column_sums(partial: torch.Tensor, out: torch.Tensor, second: torch.Tensor | None = None) -> None:
     """Reduce f32 partial [n, P, K] over P into out [K] and, where n is 2, second [K]."""
     _, rows, cols = partial.shape
     if cols:
         grid = (-(-cols // 16), 1 if second is None else 2, 1)
         args = (partial, out, out if second is None else second)
-        launch(_column_sums, grid, partial.get_device(), (args, rows, cols), (256, 16), 8)
+        _COLUMN_SUMS(grid, partial.get_device(), (args, rows, cols))
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -234,11 +237,51 @@ def tile_shape(mode: int, col: bool, inputs: int) -> tuple[int, int, int]:
 
 
 _ENOUGH_PROGRAMS = 2048  # to fill the chip several times over
+_FEW_ROWS = 16  # blocks of rows that one program sums on its way, which saves a launch
 
 
 def new_amax(like: torch.Tensor) -> torch.Tensor:
     """Where a first pass of CURRENT collects the amax."""
     return like.new_zeros(1, dtype=torch.int32)
+
+
+class _Plan:
+    """How one shape is run: what a call need not work out again."""
+
+    def __init__(
+        self,
+        source: Callable[..., Any],
+        flag: Any,
+        rows: int,
+        cols: int,
+        mode: int,
+        power_of_2: bool,
+        row: bool,
+        col: bool,
+        inputs: int,
+        halves: int,
+        bias_grad: bool,
+    ) -> None:
+        col = col and mode != Mode.PLAIN
+        height, width, warps = tile_shape(mode, col, inputs)
+        padded_rows, half = padded(rows), cols // halves
+        col_blocks, row_blocks = max(-(-half // width), 1), max(-(-padded_rows // height), 1)
+        # column sums are best taken of several tiles at once, as long as enough programs remain
+        repeat, enough = 1, _ENOUGH_PROGRAMS * (4 if col else 1)
+        while bias_grad and repeat < row_blocks <= _FEW_ROWS:
+            repeat *= 2
+        while bias_grad and repeat < 16 and row_blocks * col_blocks >= enough * 2 * repeat:
+            repeat *= 2
+        stages = 3 if repeat > 1 and height < BLOCK else 1  # the next tiles load meanwhile; those of scale blocks are too large
+        self.bands = -(-row_blocks // repeat)
+        self.grid = (self.bands * col_blocks, 1, 1)
+        self.sizes = (rows, padded_rows // 16, half)
+        shape = (power_of_2, row, col, height, width, repeat, stages)
+        self.run = Launcher(tile_kernel, (source, flag, halves, mode, *shape), warps)
+        self.collect_amax = Launcher(tile_kernel, (source, flag, halves, AMAX.value, *shape), warps)
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
 
 
 def run_tiles(
@@ -253,43 +296,38 @@ def run_tiles(
     halves: int = 1,
     bias_grad: bool = False,
     amax: torch.Tensor | None = None,
-) -> tuple[Quantized, torch.Tensor]:
-    """A source of `shape` [T, K] that reads some `inputs` -> (Quantized, its column sums in like's dtype).
+) -> tuple[Quantized, torch.Tensor | None]:
+    """A source of `shape` [T, K] that reads some `inputs` -> (Quantized, its column sums in like's dtype if asked for).
 
     amax: of CURRENT, where it is known already.
     """
     rows, cols = shape
-    out, mode, device = new_quantized(like, rows, cols, q), int(q.mode), like.get_device()
-    col = q.col and mode != Mode.PLAIN
-    height, width, warps = tile_shape(mode, col, inputs)
-    padded_rows, half = padded(rows), cols // halves
-    col_blocks, row_blocks = max(-(-half // width), 1), max(-(-padded_rows // height), 1)
-    # column sums are best taken of several tiles at once, as long as enough programs remain
-    repeat, enough = 1, _ENOUGH_PROGRAMS * (4 if col else 1)
-    while bias_grad and repeat < 16 and row_blocks * col_blocks >= enough * 2 * repeat:
-        repeat *= 2
-    bands = -(-row_blocks // repeat)
-    stages = 3 if repeat > 1 and height < BLOCK else 1  # the next tiles load meanwhile; those of scale blocks are too large
-    grid = (bands * col_blocks, 1, 1)
-
-    def run(mode: int, amax: torch.Tensor | None, owner: torch.Tensor | None, sums: torch.Tensor | None) -> None:
-        launch(
-            tile_kernel, grid, device,
-            (args, *out, q.scales, q.slots, q.slot, amax, owner, q.tenant, sums, rows, padded_rows // 16, half),
-            (source, flag, halves, mode, q.power_of_2, q.row, col, height, width, repeat, stages), warps,
-        )  # fmt: skip
-
-    owner = sums = None
-    if mode == Mode.DELAYED and q.tenant >= 0 and rows:
-        state = arena(like.device)
-        amax, owner = state.amax_bits, state.owner
+    mode, dtype, scales, slots, slot, tenant, power_of_2, row, col = q
+    key = (id(source), flag, rows, cols, mode, power_of_2, row, col, inputs, halves, bias_grad)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MOST_HELD:
+            _plans.clear()
+        plan = _plans[key] = _Plan(source, *key[1:4], int(mode), *key[5:])
+    out, device = new_quantized(like, rows, cols, q), like.get_device()
+    data, data_t, scale_inv, scale_inv_t = out
+    if data is None:  # the kernel takes the dtype from here
+        data = like.new_empty(0, dtype=dtype) if data_t is None else data_t
+    owner = sums = column_sum = None
+    if mode == Mode.DELAYED:
+        if tenant >= 0 and rows:
+            state = arena(like.device)
+            amax, owner = state.amax_bits, state.owner
     elif mode == Mode.CURRENT and amax is None:
         amax = new_amax(like)
-        run(AMAX.value, amax, None, None)
+        plan.collect_amax(
+            plan.grid, device, (args, data, data_t, scale_inv, None, scales, slots, slot, amax, None, tenant, None, *plan.sizes)
+        )
     if bias_grad:
-        sums = like.new_empty((1, bands, cols), dtype=torch.float32)
-    run(mode, amax, owner, sums)
-    column_sum = like.new_empty(cols if bias_grad else 0)
-    if bias_grad:
+        column_sum = like.new_empty(cols)
+        sums = column_sum if plan.bands == 1 else like.new_empty((1, plan.bands, cols), dtype=torch.float32)
+    pointers = (data, data_t, scale_inv, scale_inv_t, scales, slots, slot, amax, owner, tenant, sums)
+    plan.run(plan.grid, device, (args, *pointers, *plan.sizes))
+    if sums is not None and sums is not column_sum:
         column_sums(sums, column_sum)
     return out, column_sum

@@ -15,11 +15,16 @@ from overdrive.modules.layernorm_mlp import LayerNormMLP
 from overdrive.modules.multihead_attention import MultiheadAttention, watched, with_residual
 
 
+def _branch(outputs: Any, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, residual) of a sublayer that returned x and, if the residual is to come from there, its norm's output."""
+    return outputs if isinstance(outputs, tuple) else (outputs, residual)
+
+
 class TransformerLayer(torch.nn.Module):
     """x + attention(norm(x)), then the same with an MLP; a GPT or BERT block, in FP8 inside an `autocast`.
 
     Shapes: [S, B, hidden], or [B, S, hidden] with attn_input_format="bshd". Submodules: `self_attention`, `layernorm_mlp`, and
-    `layernorm` with output_layernorm. Each branch's last bias is added together with dropout and the residual, in one kernel.
+    `layernorm` with output_layernorm. Dropout, residual and the next norm are one kernel.
 
     apply_residual_connection_post_layernorm: the residual is the norm's output, not its input. output_layernorm: no norm before
     attention, one at the end. parallel_attention_mlp: attention and MLP both read x, and x + dropout(attention + MLP) comes out.
@@ -118,7 +123,6 @@ class TransformerLayer(torch.nn.Module):
             "normalization": normalization,
             "bias": bias,
             "device": device,
-            "return_bias": not parallel_attention_mlp,
         }
         self.self_attention = MultiheadAttention(
             hidden_size,
@@ -233,24 +237,17 @@ class TransformerLayer(torch.nn.Module):
         if self.parallel_attention_mlp:
             mlp_out, residual = with_residual(self.layernorm_mlp, residual, is_first_microbatch=is_first_microbatch)
             return self._add(attended, mlp_out, residual)
-        out, bias, residual = self._mlp(*self._branch(attended, residual), is_first_microbatch)
-        out = self._add(out, bias, residual)
+        out, residual = self._mlp(*_branch(attended, residual), is_first_microbatch)
+        out = self._add(out, None, residual)
         return self.layernorm(out) if self.output_layernorm else out
 
-    def _branch(self, outputs: Any, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(x, bias, residual) of a sublayer that returned x, bias and, if the residual is to come from there, its norm's output."""
-        out, bias, *norm_out = outputs
-        return out, bias, norm_out[0] if norm_out else residual
-
-    def _mlp(
-        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, first: bool | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """The MLP's (x, bias, residual), its input being residual + dropout(x + bias)."""
+    def _mlp(self, x: torch.Tensor, residual: torch.Tensor, first: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The MLP's (x, residual), its input being residual + dropout(x)."""
         if watched(self.layernorm_mlp, "forward_fused_residual") or (self.training and self.drop_path_rate > 0):
-            hidden = self._add(x, bias, residual)
-            return self._branch(*with_residual(self.layernorm_mlp, hidden, is_first_microbatch=first))
+            hidden = self._add(x, None, residual)
+            return _branch(*with_residual(self.layernorm_mlp, hidden, is_first_microbatch=first))
         dropout = self.hidden_dropout if self.training else 0.0
-        return self._branch(*self.layernorm_mlp.forward_fused_residual(x, bias, residual, dropout, is_first_microbatch=first))
+        return _branch(*self.layernorm_mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
 
     def _add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         if not self.training:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from overdrive.ops.library import define, empty_like_none
+from overdrive.ops.library import define
 from overdrive.ops.quantize import QUANTIZATION, Quantization, new_quantized, quantize_value
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
@@ -80,7 +80,7 @@ def _gate(x: torch.Tensor, function: str, limit: float, alpha: float) -> tuple[t
     return value, slope * (a <= limit), b.clamp(-limit, limit) + 1, (b.abs() <= limit).to(b.dtype)
 
 
-def _activation(x, name, limit, alpha, *tail) -> tuple[torch.Tensor, ...]:
+def _activation(x, name, limit, alpha, *tail) -> tuple[torch.Tensor | None, ...]:
     function, gated = ACTIVATIONS[name]
     if gated:
         value, _, other, _ = _gate(x.float(), function, limit, alpha)
@@ -88,7 +88,7 @@ def _activation(x, name, limit, alpha, *tail) -> tuple[torch.Tensor, ...]:
     return quantize_value(_FUNCTIONS[function](x.float())[0], Quantization(*tail))
 
 
-def _activation_fake(x, name, limit, alpha, *tail) -> tuple[torch.Tensor, ...]:
+def _activation_fake(x, name, limit, alpha, *tail) -> tuple[torch.Tensor | None, ...]:
     return new_quantized(x, x.shape[0], x.shape[1] // (2 if ACTIVATIONS[name].gated else 1), Quantization(*tail))
 
 
@@ -101,7 +101,7 @@ activation = define(
 """x -> Quantized y [T, F]. name: a key of ACTIVATIONS; limit and alpha serve clamped_swiglu."""
 
 
-def _activation_backward(dy, x, name, limit, alpha, bias_grad, *tail) -> tuple[torch.Tensor, ...]:
+def _activation_backward(dy, x, name, limit, alpha, bias_grad, *tail) -> tuple[torch.Tensor | None, ...]:
     function, gated = ACTIVATIONS[name]
     dy32, x32 = dy.float(), x.float()
     if gated:
@@ -109,7 +109,7 @@ def _activation_backward(dy, x, name, limit, alpha, bias_grad, *tail) -> tuple[t
         dx = torch.cat((dy32 * other * slope, dy32 * value * other_slope), dim=1)
     else:
         dx = dy32 * _FUNCTIONS[function](x32)[1]
-    column_sum = dx.sum(0).to(x.dtype) if bias_grad else empty_like_none(x)
+    column_sum = dx.sum(0).to(x.dtype) if bias_grad else None
     return (*quantize_value(dx, Quantization(*tail)), column_sum)
 
 
@@ -120,7 +120,7 @@ activation_backward = define(
     kernel=("activation", "activation_backward"),
     fake=lambda dy, x, name, limit, alpha, bias_grad, *tail: (
         *new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)),
-        x.new_empty(x.shape[1] if bias_grad else 0),
+        x.new_empty(x.shape[1]) if bias_grad else None,
     ),
 )
 """dy [T, F], x as in the forward -> (*Quantized dx, bias_grad): dx has x's shape, bias_grad is dx summed over T in f32, in

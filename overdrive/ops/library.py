@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _LIBRARY = torch.library.Library("overdrive", "DEF")
 
 
-@functools.cache
-def _kernel(family: str, function: str) -> Callable[..., Any]:
-    try:
-        return getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
+class _Lazy:
+    """A function of overdrive.kernels, imported on first call."""
+
+    def __init__(self, family: str, function: str) -> None:
+        self.family, self.function = family, function
+        self.loaded: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.loaded is None:
+            try:
+                self.loaded = getattr(importlib.import_module(f"overdrive.kernels.{self.family}"), self.function)
+            except ModuleNotFoundError as error:
+                if error.name != "triton":
+                    raise
+                raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
+        return self.loaded(*args)  # pyright: ignore[reportOptionalCall]
+
+
+def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with an empty tensor for every None that it returns: outputs as a schema can have them."""
+
+    def filled(*args: Any) -> Any:
+        outputs = function(*args)
+        return tuple(args[0].new_empty(0) if x is None else x for x in outputs) if isinstance(outputs, tuple) else outputs
+
+    return filled
 
 
 def define(
@@ -29,26 +47,37 @@ def define(
     fake: Callable[..., Any],
     kernel: tuple[str, str] | Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Define ``overdrive::<schema>`` and return its ``.default`` overload.
+    """Define ``overdrive::<schema>`` and return what calls it.
 
     kernel: the CUDA implementation, either a callable or (family, function) in ``overdrive.kernels``, imported on first call
-    so that nothing needs triton before a CUDA tensor arrives.
+    so that nothing needs triton before a CUDA tensor arrives. Of several outputs, each function returns None for those that were
+    not asked for; callers find None or an empty tensor there.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CPU")
-    if callable(kernel):
-        _LIBRARY.impl(name, kernel, "CUDA")
-    else:
-        family, function = kernel
-        _LIBRARY.impl(name, lambda *args: _kernel(family, function)(*args), "CUDA")
-    torch.library.register_fake(f"overdrive::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.overdrive, name).default
+    _LIBRARY.impl(name, _filled(reference), "CPU")
+    implementation = kernel if callable(kernel) else _Lazy(*kernel)
+    _LIBRARY.impl(name, _filled(implementation), "CUDA")
+    torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
+    return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
-def empty_like_none(x: torch.Tensor) -> torch.Tensor:
-    """The stand-in for an output that was not asked for: ops cannot return None in a fixed tuple."""
-    return x.new_empty(0)
+def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
+
+    def op(*args: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or args[0].__class__ not in _PLAIN
+            or not args[0].is_cuda
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch.is_grad_enabled()
+        ):
+            return overload(*args)
+        return kernel(*args)
+
+    return op
 
 
 def constant_result(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from overdrive.ops.library import define, empty_like_none
+from overdrive.ops.library import define
 from overdrive.ops.quantize import QUANTIZATION, Quantization, new_quantized, quantize_value
 
 
@@ -30,13 +30,13 @@ def normalized(x, mean, rstd, gamma, beta, zero_centered) -> torch.Tensor:
     return y if beta is None else y + beta.float()
 
 
-def _norm(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor, ...]:
+def _norm(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor | None, ...]:
     mean, rstd = statistics(x, eps, rms)
     y = normalized(x, mean, rstd, gamma, beta, zero_centered)
     return (*quantize_value(y, Quantization(*tail)), mean, rstd)
 
 
-def _norm_fake(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor, ...]:
+def _norm_fake(x, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor | None, ...]:
     stats = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
     return (*new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)), *stats)
 
@@ -51,7 +51,7 @@ norm = define(
 """x -> (*Quantized, mean, rstd). sm_margin: SMs the kernel leaves free for others."""
 
 
-def _norm_backward(dy, x, gamma, mean, rstd, dresidual, zero_centered, rms, sm_margin) -> tuple[torch.Tensor, ...]:
+def _norm_backward(dy, x, gamma, mean, rstd, dresidual, zero_centered, rms, sm_margin) -> tuple[torch.Tensor | None, ...]:
     dy32, x_hat = dy.float(), (x.float() - mean[:, None]) * rstd[:, None]
     dx_hat = dy32 * gain(gamma, zero_centered)
     dx = dx_hat - x_hat * (dx_hat * x_hat).mean(1, keepdim=True)
@@ -60,7 +60,7 @@ def _norm_backward(dy, x, gamma, mean, rstd, dresidual, zero_centered, rms, sm_m
     dx = dx * rstd[:, None]
     if dresidual is not None:
         dx = dx + dresidual.float()
-    dbeta = empty_like_none(gamma) if rms else dy32.sum(0).to(gamma.dtype)
+    dbeta = None if rms else dy32.sum(0).to(gamma.dtype)
     return dx.to(x.dtype).contiguous(), (dy32 * x_hat).sum(0).to(gamma.dtype), dbeta
 
 
@@ -72,7 +72,7 @@ norm_backward = define(
     fake=lambda dy, x, gamma, mean, rstd, dresidual, zero_centered, rms, sm_margin: (
         x.new_empty(x.shape),
         gamma.new_empty(gamma.shape),
-        gamma.new_empty(0 if rms else gamma.shape),
+        None if rms else gamma.new_empty(gamma.shape),
     ),
 )
 """(dx, dgamma, dbeta). dresidual [T, K], the gradient that reaches x around the norm, is added to dx. An RMSNorm's dbeta is

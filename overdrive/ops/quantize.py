@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from overdrive.ops.library import define, empty_like_none
+from overdrive.ops.library import define
 from overdrive.ops.scaling import arena
 
 BLOCK = 128
@@ -61,17 +61,17 @@ class Quantization(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What ops with a QUANTIZATION tail return; what was not asked for is empty.
+    """What ops with a QUANTIZATION tail return; what was not asked for is None inside of an op, empty outside.
 
     data [Tp, K], data_t [K, Tp]: FP8, contiguous (PLAIN: data [T, K] in `dtype`, nothing else). scale_inv, scale_inv_t: f32
     reciprocal scales. Per tensor: [1], serving both. BLOCK_1D: [Tp, K/128] and [K, Tp/128], rows fastest. BLOCK_2D: [Tp/128,
     K/128] and [K/128, Tp/128], each row padded to a multiple of 4 blocks, as cuBLAS reads them.
     """
 
-    data: torch.Tensor
-    data_t: torch.Tensor
-    scale_inv: torch.Tensor
-    scale_inv_t: torch.Tensor
+    data: torch.Tensor | None
+    data_t: torch.Tensor | None
+    scale_inv: torch.Tensor | None
+    scale_inv_t: torch.Tensor | None
 
 
 def padded(size: int) -> int:
@@ -94,15 +94,14 @@ def new_block_scales(like: torch.Tensor, mode: int, rows: int, cols: int) -> tor
 def new_quantized(like: torch.Tensor, rows: int, cols: int, q: Quantization) -> Quantized:
     """Uninitialised outputs on `like`'s device: what fakes return and kernels fill."""
     if q.mode == Mode.PLAIN:
-        none, no_scale = like.new_empty(0, dtype=q.dtype), like.new_empty(0, dtype=torch.float32)
-        return Quantized(like.new_empty((rows, cols), dtype=q.dtype), none, no_scale, no_scale.clone())
+        return Quantized(like.new_empty((rows, cols), dtype=q.dtype), None, None, None)
     rows = padded(rows)
-    data = like.new_empty((rows, cols) if q.row else 0, dtype=q.dtype)
-    data_t = like.new_empty((cols, rows) if q.col else 0, dtype=q.dtype)
+    data = like.new_empty((rows, cols), dtype=q.dtype) if q.row else None
+    data_t = like.new_empty((cols, rows), dtype=q.dtype) if q.col else None
     if q.mode in (Mode.DELAYED, Mode.CURRENT):
-        return Quantized(data, data_t, like.new_empty(1, dtype=torch.float32), like.new_empty(0, dtype=torch.float32))
-    scale_inv = new_block_scales(like, q.mode, rows, cols) if q.row else like.new_empty(0, dtype=torch.float32)
-    scale_inv_t = new_block_scales(like, q.mode, cols, rows) if q.col else like.new_empty(0, dtype=torch.float32)
+        return Quantized(data, data_t, like.new_empty(1, dtype=torch.float32), None)
+    scale_inv = new_block_scales(like, q.mode, rows, cols) if q.row else None
+    scale_inv_t = new_block_scales(like, q.mode, cols, rows) if q.col else None
     return Quantized(data, data_t, scale_inv, scale_inv_t)
 
 
@@ -132,15 +131,14 @@ def _quantize_blocks(x: torch.Tensor, mode: int, q: Quantization) -> tuple[torch
 
 def quantize_value(x: torch.Tensor, q: Quantization) -> Quantized:
     """Reference: quantize a [T, K] value, f32 arithmetic. Other ops hand the value they computed here."""
-    none, no_scale = x.new_empty(0, dtype=q.dtype), x.new_empty(0, dtype=torch.float32)
     if q.mode == Mode.PLAIN:
-        return Quantized(x.to(q.dtype, copy=True).contiguous(), none, no_scale, no_scale.clone())
+        return Quantized(x.to(q.dtype, copy=True).contiguous(), None, None, None)
     x = x.float()
     amax = x.abs().amax() if x.numel() else x.new_zeros(())
     x = F.pad(x, (0, 0, 0, padded(x.shape[0]) - x.shape[0])).contiguous()
     if q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D):
-        data, scale_inv = _quantize_blocks(x, q.mode, q) if q.row else (none, no_scale)
-        data_t, scale_inv_t = _quantize_blocks(x.t(), q.mode, q) if q.col else (none.clone(), no_scale.clone())
+        data, scale_inv = _quantize_blocks(x, q.mode, q) if q.row else (None, None)
+        data_t, scale_inv_t = _quantize_blocks(x.t(), q.mode, q) if q.col else (None, None)
         return Quantized(data, data_t, scale_inv, scale_inv_t)
     if q.mode == Mode.DELAYED:
         assert q.scales is not None
@@ -151,17 +149,16 @@ def quantize_value(x: torch.Tensor, q: Quantization) -> Quantized:
     else:
         scale = scale_from_amax(amax.reshape(1), q.dtype, q.power_of_2)
     data = saturating_cast(x * scale, q.dtype)
-    data_t = data.t().contiguous() if q.col else none
-    return Quantized(data if q.row else none.clone(), data_t, 1 / scale, no_scale)
+    return Quantized(data if q.row else None, data.t().contiguous() if q.col else None, 1 / scale, None)
 
 
-def _quantize(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor, ...]:
-    column_sum = x.float().sum(0).to(x.dtype) if bias_grad else empty_like_none(x)
+def _quantize(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor | None, ...]:
+    column_sum = x.float().sum(0).to(x.dtype) if bias_grad else None
     return (*quantize_value(x, Quantization(*tail)), column_sum)
 
 
-def _quantize_fake(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor, ...]:
-    return (*new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)), x.new_empty(x.shape[1] if bias_grad else 0))
+def _quantize_fake(x: torch.Tensor, bias_grad: bool, *tail) -> tuple[torch.Tensor | None, ...]:
+    return (*new_quantized(x, x.shape[0], x.shape[1], Quantization(*tail)), x.new_empty(x.shape[1]) if bias_grad else None)
 
 
 quantize = define(

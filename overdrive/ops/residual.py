@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from overdrive.ops.library import define, empty_like_none
+from overdrive.ops.library import define
 from overdrive.ops.norm import _norm
 from overdrive.ops.quantize import QUANTIZATION, Quantization, new_quantized
 
@@ -47,9 +47,9 @@ residual_add = define(
 """residual + dropout_p(x + bias). seed is needed where p > 0."""
 
 
-def _residual_backward(dout, p, seed, bias_grad) -> tuple[torch.Tensor, torch.Tensor]:
+def _residual_backward(dout, p, seed, bias_grad) -> tuple[torch.Tensor, torch.Tensor | None]:
     dx = dout.float() * dropout_scale(dout.shape[0], dout.shape[1], p, seed) if p > 0 else dout.float()
-    return dx.to(dout.dtype, copy=True).contiguous(), dx.sum(0).to(dout.dtype) if bias_grad else empty_like_none(dout)
+    return dx.to(dout.dtype, copy=True).contiguous(), dx.sum(0).to(dout.dtype) if bias_grad else None
 
 
 residual_backward = define(
@@ -58,7 +58,7 @@ residual_backward = define(
     kernel=("residual", "residual_backward"),
     fake=lambda dout, p, seed, bias_grad: (
         dout.new_empty(dout.shape),
-        dout.new_empty(dout.shape[1] if bias_grad else 0),
+        dout.new_empty(dout.shape[1]) if bias_grad else None,
     ),
 )
 """(dx, dbias) of residual_add; the residual's own gradient is dout. dbias is empty if not asked for."""
