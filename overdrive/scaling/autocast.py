@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,18 @@ def _snapshots(tenant: int, recording: bool) -> dict[torch.device, torch.Tensor]
     return {device: begin_step(counter, SLOTS.capacity, tenant if recording else -1) for device, counter in SLOTS.counters.items()}
 
 
+def _rules(recipe: Recipe, group: Any, quantizes: bool) -> tuple[Rules, int]:
+    """(rules, tenant) of a recipe."""
+    tenant = -1
+    if isinstance(recipe, DelayedScaling):
+        length, compute_amax, compute_scale = recipe.amax_history_len, recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
+        tenant = tenant_of(group, recipe.margin, recipe.fp8_format, length, compute_amax, compute_scale, recipe.reduce_amax)
+    return rules_for(recipe, tenant, quantizes), tenant
+
+
+_known_rules = functools.cache(_rules)
+
+
 def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context, training: bool) -> Context:
     if not (enabled or calibrating):
         return OFF
@@ -86,15 +99,17 @@ def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group:
         available, reason = usable(recipe)
         if not available:
             raise NotImplementedError(f"autocast: {type(recipe).__name__} cannot run here: {reason}")
-    if not isinstance(recipe, DelayedScaling):
-        return Context(rules_for(recipe, -1)) if enabled else OFF  # only delayed scaling has anything to calibrate
-    length, compute_amax, compute_scale = recipe.amax_history_len, recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
-    tenant = tenant_of(group, recipe.margin, recipe.fp8_format, length, compute_amax, compute_scale, recipe.reduce_amax)
+    delayed = isinstance(recipe, DelayedScaling)
+    if not (enabled or delayed):
+        return OFF  # only delayed scaling has anything to calibrate
+    rules, tenant = (_rules if torch.compiler.is_compiling() else _known_rules)(recipe, group if delayed else None, enabled)
+    if not delayed:
+        return Context(rules)
     if outer.tenant == tenant and outer.snapshots is not None:
         snapshots = outer.snapshots  # a nested autocast continues the step of its equal
     else:
         snapshots = _snapshots(tenant, training)
-    return Context(rules_for(recipe, tenant, quantizes=enabled), tenant, snapshots)
+    return Context(rules, tenant, snapshots)
 
 
 def _enter(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context) -> Context:

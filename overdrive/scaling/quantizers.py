@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,16 +44,10 @@ class Quantizer:
 
     def wrap(self, outputs: Quantized, shape: tuple[int, int], dtype: torch.dtype, row: bool, col: bool) -> QuantizedTensor:
         """What an op returned, as a tensor of `shape` that stands for values of `dtype`."""
-        per_tensor = self.mode in (Mode.DELAYED, Mode.CURRENT)
-        return QuantizedTensor(
-            outputs[0] if row else None,
-            outputs[1] if col else None,
-            outputs[2],
-            outputs[2] if per_tensor else outputs[3],
-            self.mode,
-            shape,
-            dtype,
-        )
+        data, data_t, scale_inv, scale_inv_t = outputs
+        if self.mode.per_tensor:
+            scale_inv_t = scale_inv
+        return QuantizedTensor(data if row else None, data_t if col else None, scale_inv, scale_inv_t, self.mode, shape, dtype)
 
     def __call__(
         self, x: torch.Tensor, scales: Scales, row: bool = True, col: bool = False, bias_grad: bool = False
@@ -78,10 +72,18 @@ class Rules:
     output: Quantizer
     grad_output: Quantizer
     grad_input: Quantizer
+    _known: dict[tuple[int, bool], Rules] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, gemm: int, record: bool = True) -> Rules:
         """The rules of GEMM number `gemm`; record=False leaves the forward amaxes alone (they were recorded before)."""
+        if torch.compiler.is_compiling():
+            return self._at(gemm, record)
+        rules = self._known.get((gemm, record))
+        if rules is None:
+            rules = self._known[gemm, record] = self._at(gemm, record)
+        return rules
 
+    def _at(self, gemm: int, record: bool) -> Rules:
         first = gemm * SLOTS_PER_GEMM
         forward = self.input.tenant if record else -1
         return Rules(
