@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from overdrive.functional.gemm import GemmOptions, calibrate
-from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward
+from overdrive.functional.gemm import GemmOptions, calibrate, releases
+from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
 from overdrive.ops.quantize import Mode, Quantization, Quantized
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand
@@ -44,11 +44,17 @@ def activate(h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, sca
 def activation_gradient(
     dy: torch.Tensor, h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, scales: Scales
 ) -> tuple[Operand, torch.Tensor | None]:
-    """(gradient of h as the backward products of `gemm`, which made h, read it; its bias gradient)."""
+    """(gradient of h as the backward products of `gemm`, which made h, read it; its bias gradient). In high precision it takes the
+    place of dy, or of a gated h, wherever that is not needed any more.
+    """
     rules = gemm.rules
     arguments = (dy, h, options.name, options.limit, options.alpha, gemm.bias_grad)
     if rules is None or not rules.quantizes:
-        dh, *_, dbias = activation_backward(*arguments, *Quantization(Mode.PLAIN, h.dtype))
+        if torch.compiler.is_compiling() or (options.gated and not releases()):
+            dh, *_, dbias = activation_backward(*arguments, *Quantization(Mode.PLAIN, h.dtype))
+        else:
+            dh = h if options.gated else dy
+            dbias = activation_backward_into(dh, *arguments)
     else:
         row, col = gemm.input_grad, gemm.weight_grad
         *outputs, dbias = activation_backward(*arguments, *rules.grad_output.arguments(scales, row, col))

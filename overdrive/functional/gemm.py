@@ -100,12 +100,17 @@ def for_backward(operand: Operand) -> Operand:
     return operand.only_transposed() if isinstance(operand, QuantizedTensor) else operand
 
 
+def releases() -> bool:
+    """Whether the backward that runs is the last to read what its nodes saved: not with retain_graph=True."""
+    return not (torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def release(*operands: Operand | None) -> None:
     """Free saved operands that nothing but this backward reads, after their last use.
 
-    Autograd would hold them until its node ends, next to all that the node makes. With retain_graph=True they stay.
+    Autograd would hold them until its node ends, next to all that the node makes.
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+    if not releases():
         return
     for operand in operands:
         for tensor in (operand.data, operand.data_t) if isinstance(operand, QuantizedTensor) else (operand,):

@@ -116,12 +116,14 @@ class _LayerNormMLP(torch.autograd.Function):
         release(w2_op if fc2.quantizes and not ctx.cached2 else None)
         dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
         del da
-        release(h)
+        in_place = dh_op is h
+        release(None if in_place else h)
         dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
         if not fc1.input_grad:
             return (None,) * 9 + dfc1 + dfc2
         dnorm = input_gradient(dh_op, w1_op, fc1)
         del dh_op
+        release(h if in_place and fc1.sink is None else None)
         if options.return_norm:
             dnorm = dnorm + grads[1].reshape(dnorm.shape)
         dresidual = grads[-1].reshape(x.shape) if options.return_residual else None

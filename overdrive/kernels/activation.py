@@ -6,13 +6,15 @@ whose two halves a program writes together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from overdrive.kernels.tile import dense, load_tile, run_tiles
 from overdrive.ops.activation import _GELU_CUBIC, _GELU_SCALE, _QUICK, ACTIVATIONS
-from overdrive.ops.quantize import BLOCK, Mode, Quantization
+from overdrive.ops.quantize import BLOCK, Mode, Quantization, Quantized
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SCALE: tl.constexpr = tl.constexpr(_GELU_SCALE)
@@ -120,7 +122,7 @@ def _gated_backward_joined(args, FUNCTION: tl.constexpr, row0, r, cols, T, K):
     return (tl.where((cols < F)[None, :], da, db),)
 
 
-def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) -> tuple[torch.Tensor, ...]:
+def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) -> tuple[torch.Tensor | None, ...]:
     """overdrive::activation."""
     x = dense(x)
     (rows, cols), (function, gated) = x.shape, ACTIVATIONS[name]
@@ -130,16 +132,30 @@ def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) ->
     return run_tiles(source, args, function, x, (rows, cols), Quantization(*tail), inputs=1 + gated)[0]
 
 
-def activation_backward(
-    dy: torch.Tensor, x: torch.Tensor, name: str, limit: float, alpha: float, bias_grad: bool, *tail
-) -> tuple[torch.Tensor, ...]:
-    """overdrive::activation_backward."""
-    dy, x, q = dense(dy), dense(x), Quantization(*tail)
+def _gradient(
+    dy: torch.Tensor, x: torch.Tensor, name: str, limit: float, alpha: float, bias_grad: bool, q: Quantization, into: Any = None
+) -> tuple[Quantized, torch.Tensor | None]:
+    dy, x = dense(dy), dense(x)
     function, gated = ACTIVATIONS[name]
     source, args, halves = _backward, (dy, dy.stride(0), x, x.stride(0)), 1
     if gated:
         straddling = q.mode in (Mode.BLOCK_1D, Mode.BLOCK_2D) and dy.shape[1] % BLOCK
         source, halves = (_gated_backward_joined, 1) if straddling else (_gated_backward, 2)
         args = (*args, limit, alpha)
-    out, column_sum = run_tiles(source, args, function, x, x.shape, q, inputs=2 + gated, halves=halves, bias_grad=bias_grad)
+    return run_tiles(source, args, function, x, x.shape, q, inputs=2 + gated, halves=halves, bias_grad=bias_grad, into=into)
+
+
+def activation_backward(
+    dy: torch.Tensor, x: torch.Tensor, name: str, limit: float, alpha: float, bias_grad: bool, *tail
+) -> tuple[torch.Tensor | None, ...]:
+    """overdrive::activation_backward."""
+    out, column_sum = _gradient(dy, x, name, limit, alpha, bias_grad, Quantization(*tail))
     return (*out, column_sum)
+
+
+def activation_backward_into(
+    out: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, name: str, limit: float, alpha: float, bias_grad: bool
+) -> torch.Tensor:
+    """overdrive::activation_backward_into: a program loads all of a tile before it stores there."""
+    column_sum = _gradient(dy, x, name, limit, alpha, bias_grad, Quantization(dtype=out.dtype), out)[1]
+    return x.new_empty(0) if column_sum is None else column_sum

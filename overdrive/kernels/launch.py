@@ -49,11 +49,15 @@ class Launcher:
     def __init__(self, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:
         self.kernel, self.constants, self.warps = kernel, constants, warps
 
-    def __call__(self, grid: tuple[int, int, int], device: int, args: tuple[Any, ...]) -> None:
-        """kernel[grid](*args, *constants) on the device's current stream."""
+    def __call__(self, grid: tuple[int, int, int], device: int, args: tuple[Any, ...], tail: tuple[Any, ...] = ()) -> None:
+        """kernel[grid](*args, *tail, *constants) on the device's current stream.
+
+        tail: arguments whose kind (dtype, alignment, None or not, what Triton specialises numbers on) never changes from one call
+        of this Launcher to the next, so nobody looks.
+        """
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self(grid, device, args)
+                return self(grid, device, args, tail)
         key: list[Any] = [self, device]
         values, pointers = _flatten(args, key)
         if pointers & 15:
@@ -62,8 +66,10 @@ class Launcher:
         if held is None:
             if len(_held) >= MOST_HELD:
                 _held.clear()
-            _held[tuple(key)] = self.kernel[grid](*args, *self.constants, num_warps=self.warps, **_FUSE)
-        elif _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:  # a profiler listens
+            _held[tuple(key)] = self.kernel[grid](*args, *tail, *self.constants, num_warps=self.warps, **_FUSE)
+            return None
+        values += [x.data_ptr() if x.__class__ is torch.Tensor else x for x in tail]
+        if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:  # a profiler listens
             held[grid](*values, *self.constants)
         else:
             stream = torch._C._cuda_getCurrentRawStream(device)

@@ -284,6 +284,13 @@ class _Plan:
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
 
+def _plan(key: tuple[Any, ...], source: Callable[..., Any], *options: Any) -> _Plan:
+    if len(_plans) >= MOST_HELD:
+        _plans.clear()
+    plan = _plans[key] = _Plan(source, *options)
+    return plan
+
+
 def run_tiles(
     source: Callable[..., Any],
     args: tuple[Any, ...],
@@ -296,38 +303,36 @@ def run_tiles(
     halves: int = 1,
     bias_grad: bool = False,
     amax: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
 ) -> tuple[Quantized, torch.Tensor | None]:
     """A source of `shape` [T, K] that reads some `inputs` -> (Quantized, its column sums in like's dtype if asked for).
 
-    amax: of CURRENT, where it is known already.
+    amax: of CURRENT, where it is known already. into: where PLAIN output goes.
     """
     rows, cols = shape
     mode, dtype, scales, slots, slot, tenant, power_of_2, row, col = q
-    key = (id(source), flag, rows, cols, mode, power_of_2, row, col, inputs, halves, bias_grad)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= MOST_HELD:
-            _plans.clear()
-        plan = _plans[key] = _Plan(source, *key[1:4], int(mode), *key[5:])
-    out, device = new_quantized(like, rows, cols, q), like.get_device()
+    records = mode == Mode.DELAYED and tenant >= 0 and rows > 0
+    # the kinds of all arguments but the source's follow from these
+    key = (id(source), flag, like.dtype, rows, cols, mode, dtype, records, power_of_2, row, col, inputs, halves, bias_grad)
+    plan = _plans.get(key) or _plan(key, source, flag, rows, cols, int(mode), power_of_2, row, col, inputs, halves, bias_grad)
+    out = new_quantized(like, rows, cols, q) if into is None else Quantized(into, None, None, None)
+    device = like.get_device()
     data, data_t, scale_inv, scale_inv_t = out
     if data is None:  # the kernel takes the dtype from here
         data = like.new_empty(0, dtype=dtype) if data_t is None else data_t
     owner = sums = column_sum = None
-    if mode == Mode.DELAYED:
-        if tenant >= 0 and rows:
-            state = arena(like.device)
-            amax, owner = state.amax_bits, state.owner
+    if records:
+        state = arena(like.device)
+        amax, owner = state.amax_bits, state.owner
     elif mode == Mode.CURRENT and amax is None:
         amax = new_amax(like)
-        plan.collect_amax(
-            plan.grid, device, (args, data, data_t, scale_inv, None, scales, slots, slot, amax, None, tenant, None, *plan.sizes)
-        )
+        tail = (data, data_t, scale_inv, None, scales, slots, slot, amax, None, tenant, None, *plan.sizes)
+        plan.collect_amax(plan.grid, device, (args,), tail)
     if bias_grad:
         column_sum = like.new_empty(cols)
         sums = column_sum if plan.bands == 1 else like.new_empty((1, plan.bands, cols), dtype=torch.float32)
-    pointers = (data, data_t, scale_inv, scale_inv_t, scales, slots, slot, amax, owner, tenant, sums)
-    plan.run(plan.grid, device, (args, *pointers, *plan.sizes))
+    tail = (data, data_t, scale_inv, scale_inv_t, scales, slots, slot, amax, owner, tenant, sums, *plan.sizes)
+    plan.run(plan.grid, device, (args,), tail)
     if sums is not None and sums is not column_sum:
         column_sums(sums, column_sum)
     return out, column_sum

@@ -152,6 +152,7 @@ class MultiheadAttention(torch.nn.Module):
             init_method=output_layer_init_method,
             return_bias=return_bias,
             parallel_mode="row" if set_parallel_mode else None,
+            save_original_input=True,  # which attention's backward keeps anyway
             name=f"{name}.proj" if name else None,
             **common,
         )

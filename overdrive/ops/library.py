@@ -35,7 +35,9 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def filled(*args: Any) -> Any:
         outputs = function(*args)
-        return tuple(args[0].new_empty(0) if x is None else x for x in outputs) if isinstance(outputs, tuple) else outputs
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(args[0].new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
 
     return filled
 
@@ -72,7 +74,7 @@ def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callabl
             or not args[0].is_cuda
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
-            or torch.is_grad_enabled()
+            or (args[0].requires_grad and torch.is_grad_enabled())
         ):
             return overload(*args)
         return kernel(*args)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward
+from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
 from overdrive.ops.quantize import Mode, Quantized, quantize
 from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw, layout
 from tests.ops.quantized import MODES, assert_quantized_alike, on_cpu, tail
@@ -161,3 +161,19 @@ def test_expanded_gradient(device):
     x = draw(17, 48, device=device)
     check(x, layout(x, "expanded") * 0 + 1, "gelu", bias_grad=True)
     check(x, torch.ones(1, 1, device=device).expand(17, 48), "gelu", bias_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 130, 2500])
+@pytest.mark.parametrize(("name", "place"), [("gelu", "dy"), ("srelu", "x"), ("swiglu", "x"), ("clamped_swiglu", "x")])
+def test_gradient_in_place(name, place, tokens, dtype, device):
+    """Written over one of its inputs it is bit for bit what it is written elsewhere."""
+    x = draw(tokens, width(name, 272), dtype=dtype, device=device)
+    dy = draw(tokens, 272, dtype=dtype, device=device)
+    for bias_grad in (False, True):
+        expected, *_, expected_sum = activation_backward(dy, x, name, LIMIT, ALPHA, bias_grad, *plain(dtype))
+        inputs = {"dy": dy.clone(), "x": x.clone()}
+        out = inputs[place]
+        column_sum = activation_backward_into(out, inputs["dy"], inputs["x"], name, LIMIT, ALPHA, bias_grad)
+        assert_same_bits(out, expected)
+        assert_same_bits(column_sum, expected_sum)

@@ -59,6 +59,10 @@ OTHERS = {
         lambda: (x(), x(kind="transposed"), GAMMA, *STATISTICS, None, False, False, 0),
         lambda: (x(kind="transposed", dtype=torch.float32),) * 2 + (GAMMA, *STATISTICS, x(kind="stepped"), True, True, 2),
     ],
+    "activation_backward_into": [
+        lambda: (x(), x(), x(), "gelu", 7.0, 1.702, True),
+        lambda: (x(2 * K), x(), x(2 * K), "swiglu", 7.0, 1.702, False),
+    ],
     "residual_add": [
         lambda: (x(), GAMMA, x(), 0.1, SEED),
         lambda: (x(kind="transposed"), None, x(kind="transposed", dtype=torch.float32), 0.0, None),
