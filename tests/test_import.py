@@ -57,9 +57,9 @@ def test_runs_on_a_cpu_with_nothing_but_torch(recipe):
 def test_kernels_say_that_they_need_triton():
     code = BLOCK.format(blocked=("triton",)) + textwrap.dedent(
         """
-        from overdrive.ops.library import _kernel
+        from overdrive.ops.library import _Kernel
         try:
-            _kernel("quantize", "quantize")
+            _Kernel(("quantize", "quantize")).load()
         except RuntimeError as error:
             print(error)
         """

@@ -8,7 +8,7 @@ import torch
 
 from overdrive.functional.gemm import GemmOptions, calibrate, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
-from overdrive.ops.quantize import Mode, Quantization, Quantized
+from overdrive.ops.quantize import Mode, Quantization
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand
 
@@ -38,7 +38,7 @@ def activate(h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, sca
         return y
     outputs = activation(*arguments, *rules.input.arguments(scales, True, gemm.weight_grad))
     shape = (h.shape[0], h.shape[1] // 2 if options.gated else h.shape[1])
-    return rules.input.wrap(Quantized(*outputs), shape, h.dtype, True, gemm.weight_grad)
+    return rules.input.wrap(outputs, shape, h.dtype, True, gemm.weight_grad)
 
 
 def activation_gradient(
@@ -58,5 +58,5 @@ def activation_gradient(
     else:
         row, col = gemm.input_grad, gemm.weight_grad
         *outputs, dbias = activation_backward(*arguments, *rules.grad_output.arguments(scales, row, col))
-        dh = rules.grad_output.wrap(Quantized(*outputs), (h.shape[0], h.shape[1]), h.dtype, row, col)
+        dh = rules.grad_output.wrap(outputs, (h.shape[0], h.shape[1]), h.dtype, row, col)
     return dh, dbias if gemm.bias_grad else None

@@ -10,7 +10,7 @@ import torch
 from overdrive.functional.gemm import calibrate
 from overdrive.functional.node import applied, first_order
 from overdrive.ops.norm import norm, norm_backward
-from overdrive.ops.quantize import Mode, Quantization, Quantized
+from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.residual import residual_norm
 from overdrive.scaling.float8_tensor import Float8Tensor
 from overdrive.scaling.quantizers import Rules, Scales
@@ -70,7 +70,7 @@ def _tail(x: torch.Tensor, options: NormOptions, rules: Rules | None, scales: Sc
 
 def _operand(x: torch.Tensor, outputs: list[torch.Tensor], rules: Rules | None, scales: Scales, col: bool) -> Operand:
     if rules is not None and rules.quantizes:
-        return rules.input.wrap(Quantized(*outputs), (x.shape[0], x.shape[1]), x.dtype, True, col)
+        return rules.input.wrap(outputs, (x.shape[0], x.shape[1]), x.dtype, True, col)
     if rules is not None:
         calibrate(outputs[0], rules.input, scales)
     return outputs[0]

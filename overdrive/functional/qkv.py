@@ -10,7 +10,7 @@ import torch
 from overdrive.functional.attention import split_qkv
 from overdrive.functional.gemm import GemmOptions, grad_operand
 from overdrive.ops.qkv import qkv_gradient
-from overdrive.ops.quantize import Mode, Quantization, Quantized
+from overdrive.ops.quantize import Mode, Quantization
 from overdrive.scaling.quantizers import Scales
 from overdrive.scaling.tensor import Operand
 
@@ -50,5 +50,5 @@ def outputs_gradient(
         quantizer = options.rules.grad_output
         *outputs, dbias = qkv_gradient(*arguments, *quantizer.arguments(scales, row, col))
         shape = (dq.shape[0] * dq.shape[1], (layout.heads + 2 * layout.groups) * layout.head_dim)
-        dy = quantizer.wrap(Quantized(*outputs), shape, dq.dtype, row, col)
+        dy = quantizer.wrap(outputs, shape, dq.dtype, row, col)
     return dy, dbias if options.bias_grad else None

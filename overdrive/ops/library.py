@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +13,31 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _LIBRARY = torch.library.Library("overdrive", "DEF")
 
 
-class _Lazy:
-    """A function of overdrive.kernels, imported on first call."""
+@functools.cache
+@torch.inference_mode(False)
+def _nothing(device: int) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)
 
-    def __init__(self, family: str, function: str) -> None:
-        self.family, self.function = family, function
-        self.loaded: Callable[..., Any] | None = None
+
+class _Kernel:
+    """A CUDA implementation; one named by (family, function) is imported when first needed."""
+
+    def __init__(self, kernel: tuple[str, str] | Callable[..., Any]) -> None:
+        self.name = kernel
+        self.function = kernel if callable(kernel) else None
+
+    def load(self) -> Callable[..., Any]:
+        family, function = self.name  # pyright: ignore[reportGeneralTypeIssues]
+        try:
+            self.function = getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
+        return self.function
 
     def __call__(self, *args: Any) -> Any:
-        if self.loaded is None:
-            try:
-                self.loaded = getattr(importlib.import_module(f"overdrive.kernels.{self.family}"), self.function)
-            except ModuleNotFoundError as error:
-                if error.name != "triton":
-                    raise
-                raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
-        return self.loaded(*args)  # pyright: ignore[reportOptionalCall]
+        return (self.function or self.load())(*args)
 
 
 def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,18 +63,18 @@ def define(
 
     kernel: the CUDA implementation, either a callable or (family, function) in ``overdrive.kernels``, imported on first call
     so that nothing needs triton before a CUDA tensor arrives. Of several outputs, each function returns None for those that were
-    not asked for; callers find None or an empty tensor there.
+    not asked for; callers find an empty tensor there.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _filled(reference), "CPU")
-    implementation = kernel if callable(kernel) else _Lazy(*kernel)
+    implementation = _Kernel(kernel)
     _LIBRARY.impl(name, _filled(implementation), "CUDA")
     torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
-def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _direct(overload: Callable[..., Any], kernel: _Kernel) -> Callable[..., Any]:
     """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
 
     def op(*args: Any) -> Any:
@@ -77,7 +87,11 @@ def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callabl
             or (args[0].requires_grad and torch.is_grad_enabled())
         ):
             return overload(*args)
-        return kernel(*args)
+        outputs = (kernel.function or kernel.load())(*args)
+        if outputs.__class__ is tuple:
+            nothing = _nothing(args[0].get_device())
+            return tuple([nothing if x is None else x for x in outputs])
+        return outputs
 
     return op
 

@@ -21,11 +21,11 @@ def merged(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleaved: bo
     return parts.flatten(2).flatten(0, 1)
 
 
-def _qkv_gradient(dq, dk, dv, interleaved, bias_grad, *tail) -> tuple[torch.Tensor, ...]:
+def _qkv_gradient(dq, dk, dv, interleaved, bias_grad, *tail) -> tuple[torch.Tensor | None, ...]:
     return _quantize(merged(dq, dk, dv, interleaved), bias_grad, *tail)
 
 
-def _qkv_gradient_fake(dq, dk, dv, interleaved, bias_grad, *tail) -> tuple[torch.Tensor, ...]:
+def _qkv_gradient_fake(dq, dk, dv, interleaved, bias_grad, *tail) -> tuple[torch.Tensor | None, ...]:
     tokens, features = dq.shape[0] * dq.shape[1], (dq.shape[2] + 2 * dk.shape[2]) * dq.shape[3]
     return _quantize_fake(dq.new_empty((tokens, features)), bias_grad, *tail)
 

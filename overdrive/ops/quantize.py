@@ -61,7 +61,7 @@ class Quantization(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """What ops with a QUANTIZATION tail return; what was not asked for is None inside of an op, empty outside.
+    """What ops with a QUANTIZATION tail return; what was not asked for is empty (inside of an op still None).
 
     data [Tp, K], data_t [K, Tp]: FP8, contiguous (PLAIN: data [T, K] in `dtype`, nothing else). scale_inv, scale_inv_t: f32
     reciprocal scales. Per tensor: [1], serving both. BLOCK_1D: [Tp, K/128] and [K, Tp/128], rows fastest. BLOCK_2D: [Tp/128,

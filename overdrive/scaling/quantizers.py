@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from overdrive.ops.quantize import PAD, Mode, Quantization, Quantized, quantize
+from overdrive.ops.quantize import PAD, Mode, Quantization, quantize
 from overdrive.ops.scaling import SLOTS_PER_GEMM
 from overdrive.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Recipe
 from overdrive.scaling.tensor import QuantizedTensor
@@ -42,8 +43,10 @@ class Quantizer:
         """The tail of an op's arguments."""
         return Quantization(self.mode, self.dtype, scales.snapshot, scales.slots, self.slot, self.tenant, self.power_of_2, row, col)
 
-    def wrap(self, outputs: Quantized, shape: tuple[int, int], dtype: torch.dtype, row: bool, col: bool) -> QuantizedTensor:
-        """What an op returned, as a tensor of `shape` that stands for values of `dtype`."""
+    def wrap(
+        self, outputs: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, row: bool, col: bool
+    ) -> QuantizedTensor:
+        """The Quantized that an op returned, as a tensor of `shape` that stands for values of `dtype`."""
         data, data_t, scale_inv, scale_inv_t = outputs
         if self.mode.per_tensor:
             scale_inv_t = scale_inv
@@ -54,7 +57,7 @@ class Quantizer:
     ) -> tuple[QuantizedTensor, torch.Tensor | None]:
         """Quantize x [T, K]; with bias_grad also its sum over T."""
         *outputs, column_sum = quantize(x, bias_grad, *self.arguments(scales, row, col))
-        quantized = self.wrap(Quantized(*outputs), (x.shape[0], x.shape[1]), x.dtype, row, col)
+        quantized = self.wrap(outputs, (x.shape[0], x.shape[1]), x.dtype, row, col)
         return quantized, column_sum if bias_grad else None
 
 
@@ -116,7 +119,7 @@ def rules_for(recipe: Recipe, tenant: int, quantizes: bool = True) -> Rules:
     quantizers = [
         Quantizer(mode, fwd if slot < 3 else bwd, slot, tenant, power_of_2) for slot, (mode, power_of_2) in enumerate(kinds)
     ]
-    return Rules(recipe, quantizes, *quantizers)
+    return Rules(recipe, quantizes, *quantizers)  # pyright: ignore[reportArgumentType]
 
 
 def fits_fp8(*features: int) -> bool:
