@@ -158,4 +158,4 @@ def activation_backward_into(
 ) -> torch.Tensor:
     """overdrive::activation_backward_into: a program loads all of a tile before it stores there."""
     column_sum = _gradient(dy, x, name, limit, alpha, bias_grad, Quantization(dtype=out.dtype), out)[1]
-    return x.new_empty(0) if column_sum is None else column_sum
+    return x.new_empty(0, dtype=torch.float32) if column_sum is None else column_sum

@@ -130,14 +130,16 @@ x's dtype."""
 def _activation_backward_into(out, dy, x, name, limit, alpha, bias_grad) -> torch.Tensor:
     dx, *_, column_sum = _activation_backward(dy, x, name, limit, alpha, bias_grad, *Quantization(dtype=out.dtype))
     out.copy_(dx)
-    return x.new_empty(0) if column_sum is None else column_sum
+    return x.new_empty(0, dtype=torch.float32) if column_sum is None else column_sum
 
 
 activation_backward_into = define(
     "activation_backward_into(Tensor(a!) out, Tensor dy, Tensor x, str name, float limit, float alpha, bool bias_grad) -> Tensor",
     reference=_activation_backward_into,
     kernel=("activation", "activation_backward_into"),
-    fake=lambda out, dy, x, name, limit, alpha, bias_grad: x.new_empty(x.shape[1] if bias_grad else 0),
+    fake=lambda out, dy, x, name, limit, alpha, bias_grad: (
+        x.new_empty(x.shape[1]) if bias_grad else x.new_empty(0, dtype=torch.float32)
+    ),
 )
 """activation_backward without quantization, written to the contiguous `out`, which may be the memory of dy or x if it has dx's
 shape. Returns the bias gradient."""
