@@ -137,6 +137,19 @@ def test_qkv_gradient(compiled, interleaved):
         launch("qkv", "qkv_gradient", dq.transpose(0, 1), dk, dk, interleaved, True, *q)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(compiled, interleaved, transpose):
+    product, half = torch.ones(5, 3, 10 * 128, dtype=torch.bfloat16), torch.ones(5, 3, 7 * 22)
+    starts, bounds = torch.zeros(3, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    q, k = product[..., : 6 * 128].unflatten(2, (6, 128)), product[..., 6 * 128 : 8 * 128].unflatten(2, (2, 128))
+    launch("rotary", "rotary", q, k, torch.ones(5, 1, 1, 128), None, None, interleaved, False, transpose)
+    launch("rotary", "rotary", q.half(), None, torch.ones(5, 1, 1, 64), starts, None, interleaved, True, transpose)
+    odd = half.unflatten(2, (7, 22))[:, :1]
+    launch("rotary", "rotary", odd, odd[:, :, :3], torch.ones(5, 1, 1, 10), starts, bounds, interleaved, False, transpose)
+    assert len(compiled) == 3
+
+
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 def test_begin_step(compiled, algorithm):
     tenant = tenant_id(DelayedScaling(amax_history_len=4, amax_compute_algo=algorithm), None)

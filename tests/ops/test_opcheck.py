@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overdrive.ops import activation, gemm, norm, qkv, quantize, residual, scaling  # noqa: F401  (define the ops)
+from overdrive.ops import activation, gemm, norm, qkv, quantize, residual, rotary, scaling  # noqa: F401  (define the ops)
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
@@ -17,6 +17,8 @@ OPS = torch.ops.overdrive
 T, K = 20, 144
 SEED = torch.tensor([5])
 GAMMA = torch.ones(K, dtype=torch.bfloat16)
+HEADS = draw(T, K, dtype=torch.bfloat16).view(T, 3, 3, 16)
+FROM, BOUNDS = torch.zeros(T, dtype=torch.int64), torch.tensor([0, 7, T], dtype=torch.int32)
 STATISTICS = (torch.zeros(T), torch.ones(T))
 
 
@@ -68,6 +70,12 @@ OTHERS = {
         lambda: (x(kind="transposed"), None, x(kind="transposed", dtype=torch.float32), 0.0, None),
     ],
     "residual_backward": [lambda: (x(), 0.1, SEED, True), lambda: (x(kind="transposed"), 0.0, None, False)],
+    "rotary": [
+        lambda: (HEADS, HEADS[..., :2, :], torch.ones(20, 1, 1, 16), None, None, False, False, False),
+        lambda: (HEADS, None, torch.ones(1, 1, 20, 16).expand(20, 1, 20, 16)[:, :, :1], FROM, None, True, True, True),
+        lambda: (HEADS[:, :1], HEADS[:, 1:2], torch.ones(20, 1, 1, 10), FROM[:2], BOUNDS, True, False, False),
+        lambda: (HEADS.permute(0, 3, 1, 2), None, torch.ones(20, 1, 1, 2), None, None, False, False, True),
+    ],
     "gemm": [
         lambda: (x(), x(), None, None, torch.ones(T, dtype=torch.bfloat16), torch.bfloat16, 0, 0, False),
         lambda: (x(), x(), None, None, None, torch.float32, 0, 0, False),
