@@ -12,6 +12,8 @@ from overdrive.modules.attention import LATER, DotProductAttention, gqa_groups, 
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.linear import Linear
+from overdrive.modules.qk_norm import head_norm
+from overdrive.modules.rotary import rotate_query_and_key
 
 
 def watched(module: torch.nn.Module, method: str) -> bool:
@@ -33,7 +35,10 @@ class MultiheadAttention(torch.nn.Module):
     Submodules: `layernorm_qkv` if input_layernorm, else `qkv`; `core_attention`; `proj`. kv_channels: channels per head,
     hidden_size / num_attention_heads unless given. fuse_qkv_params: one QKV weight instead of query_weight, key_weight and
     value_weight; its rows lie as [groups, heads / groups + 2, channels] if qkv_weight_interleaved, else, and in split parameters
-    always, as [Q; K; V]. return_bias: leave proj's bias to the caller. forward returns out[, bias][, norm output].
+    always, as [Q; K; V]. qk_norm_type: "RMSNorm", "LayerNorm" or "L2Normalization" of Q and K over the channels of each head
+    (`q_norm`, `k_norm`), after the rotary embedding or, if qk_norm_before_rope, before it. rotary_pos_interleaved: neighbouring
+    channels turn together, else those half of the turning ones apart. return_bias: leave proj's bias to the caller. forward returns
+    out[, bias][, norm output].
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class MultiheadAttention(torch.nn.Module):
         parallelism = {"tp_group": tp_group, "tp_size": tp_size, "sequence_parallel": sequence_parallel}
         refuse_parallelism(self._label, {**parallelism, **overlaps})
         one_of(self._label, "attention_type", attention_type, ("self", "cross"))
-        refuse(self._label, {"attention_type": (attention_type, "self"), "qk_norm_type": (qk_norm_type, None)}, LATER)
+        refuse(self._label, {"attention_type": (attention_type, "self")}, LATER)
         self.hidden_size = positive_int(self._label, "hidden_size", hidden_size)
         self.num_attention_heads = positive_int(self._label, "num_attention_heads", num_attention_heads)
         self.num_gqa_groups = gqa_groups(self._label, num_attention_heads, num_gqa_groups)
@@ -132,6 +137,10 @@ class MultiheadAttention(torch.nn.Module):
             )
         else:
             self.qkv = Linear(hidden_size, query_size + 2 * kv_size, **common, **qkv)
+        self.rotary_pos_interleaved, self.qk_norm_before_rope = rotary_pos_interleaved, qk_norm_before_rope
+        head_dim = self.hidden_size_per_attention_head
+        self.q_norm: Any = head_norm(self._label, qk_norm_type, head_dim, qk_norm_eps, params_dtype, device)
+        self.k_norm: Any = head_norm(self._label, qk_norm_type, head_dim, qk_norm_eps, params_dtype, device)
         self.core_attention = DotProductAttention(
             num_attention_heads,
             self.hidden_size_per_attention_head,
@@ -198,12 +207,14 @@ class MultiheadAttention(torch.nn.Module):
         """hidden_states [S, B, hidden] or [B, S, hidden] -> out of that shape[, bias][, norm output].
 
         Masks and per-call overrides as in DotProductAttention.forward, is_first_microbatch as in Linear.forward.
+        rotary_pos_emb: f32 [P >= S, 1, 1, R], the angles that a RotaryPositionEmbedding gives, or a pair of them, for Q and for K.
         """
         outputs, _ = self._attend(
             hidden_states,
             is_first_microbatch,
             False,
-            {"encoder_output": encoder_output, "rotary_pos_emb": rotary_pos_emb},
+            encoder_output,
+            rotary_pos_emb,
             attention_mask=attention_mask,
             attn_mask_type=attn_mask_type,
             window_size=window_size,
@@ -232,25 +243,42 @@ class MultiheadAttention(torch.nn.Module):
         **attention: Any,
     ) -> tuple[Any, torch.Tensor]:
         """(what forward returns, hidden_states for the residual branch, whose gradient then joins inside the norm's backward)."""
-        later = {"encoder_output": encoder_output, "rotary_pos_emb": rotary_pos_emb}
-        return self._attend(hidden_states, is_first_microbatch, True, later, **attention)
+        return self._attend(hidden_states, is_first_microbatch, True, encoder_output, rotary_pos_emb, **attention)
 
     def _attend(
-        self, hidden: torch.Tensor, first: bool | None, keep_residual: bool, later: dict[str, Any], **attention: Any
+        self,
+        hidden: torch.Tensor,
+        first: bool | None,
+        keep_residual: bool,
+        encoder_output: torch.Tensor | None,
+        rotary_pos_emb: Any,
+        **attention: Any,
     ) -> tuple[Any, torch.Tensor]:
-        refuse(self._label, {name: (value, None) for name, value in later.items()}, LATER)
+        refuse(self._label, {"encoder_output": (encoder_output, None)}, LATER)
         if hidden.dim() != 3:
             raise ValueError(
                 f"{self._label}: hidden_states must be [{', '.join(self.qkv_format[:2])}, hidden_size={self.hidden_size}], "
                 f"got shape {list(hidden.shape)}"
             )
         (query, key, value), norm_out, residual = self._project(hidden, first, keep_residual)
+        query, key = self._position(query, key, rotary_pos_emb)
         out = self.proj(self.core_attention(query, key, value, **attention), is_first_microbatch=first)
         if self.return_bias:
             out = (*out, *norm_out)
         elif norm_out:
             out = (out, *norm_out)
         return out, residual
+
+    def _position(self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q and K normed and turned, as far as asked for and in the order asked for."""
+        if self.q_norm is not None and self.qk_norm_before_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary_pos_emb is not None:
+            interleaved = self.rotary_pos_interleaved
+            query, key = rotate_query_and_key(self._label, query, key, rotary_pos_emb, self.qkv_format, interleaved)
+        if self.q_norm is not None and not self.qk_norm_before_rope:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key
 
     def _project(
         self, hidden: torch.Tensor, first: bool | None, keep_residual: bool

@@ -202,7 +202,8 @@ class TransformerLayer(torch.nn.Module):
     ) -> torch.Tensor:
         """hidden_states [S, B, hidden] or [B, S, hidden] -> the same shape, in its dtype or torch.autocast's.
 
-        attention_mask is read with padding and arbitrary masks, see DotProductAttention.forward; is_first_microbatch: see Linear's.
+        attention_mask is read with padding and arbitrary masks, see DotProductAttention.forward; rotary_pos_emb: see
+        MultiheadAttention.forward; is_first_microbatch: see Linear's.
         """
         decoder = {
             "enc_dec_attn_mask": (enc_dec_attn_mask, None),

@@ -10,6 +10,7 @@ from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.layernorm_mlp import LayerNormMLP
 from overdrive.modules.linear import Linear
 from overdrive.modules.multihead_attention import MultiheadAttention
+from overdrive.modules.rotary import RotaryPositionEmbedding, apply_rotary_pos_emb
 from overdrive.modules.transformer import TransformerLayer
 from overdrive.parallel.checkpoint import checkpoint
 from overdrive.scaling.autocast import autocast, fp8_autocast, get_default_recipe
@@ -31,8 +32,10 @@ __all__ = [
     "Linear",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryPositionEmbedding",
     "TransformerLayer",
     "__version__",
+    "apply_rotary_pos_emb",
     "attention_backends",
     "autocast",
     "checkpoint",
@@ -50,8 +53,6 @@ _LATER = (
     "Fp8Unpadding",
     "GroupedLinear",
     "InferenceParams",
-    "RotaryPositionEmbedding",
-    "apply_rotary_pos_emb",
     "fp8_model_init",
     "make_graphed_callables",
     "quantized_model_init",

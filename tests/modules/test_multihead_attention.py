@@ -132,7 +132,7 @@ def test_per_call_mask_type(device):
         ({"qkv_format": "thd"}, NotImplementedError, "qkv_format='thd'"),
         ({"qkv_format": "hdsb"}, ValueError, "qkv_format must be one of"),
         ({"attention_type": "cross"}, NotImplementedError, "attention_type='cross'"),
-        ({"qk_norm_type": "L2Normalization"}, NotImplementedError, "qk_norm_type="),
+        ({"qk_norm_type": "L1Normalization"}, ValueError, "qk_norm_type must be one of"),
         ({"layer_number": 0}, ValueError, "layer_number must be at least 1"),
         ({"tp_size": 4}, NotImplementedError, "tp_size=4"),
         ({"ub_bulk_wgrad": True}, NotImplementedError, "ub_bulk_wgrad"),
@@ -152,7 +152,7 @@ def test_bad_inputs():
         module(x[..., :16])
     with pytest.raises(TypeError, match=r"torch\.float64"):
         module(x.double())
-    with pytest.raises(NotImplementedError, match="rotary_pos_emb"):
+    with pytest.raises(ValueError, match="rotary_pos_emb must be"):
         module(x, rotary_pos_emb=torch.zeros(1))
     with pytest.raises(NotImplementedError, match="encoder_output"):
         module(x, encoder_output=x)

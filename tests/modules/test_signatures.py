@@ -72,6 +72,11 @@ SIGNATURES = {
         bottom_right_diagonal=N, encoder_output=N, enc_dec_attn_mask=N, enc_dec_attn_mask_type=N, enc_dec_window_size=N,
         enc_dec_bottom_right_diagonal=N, is_first_microbatch=N, checkpoint_core_attention=F, inference_params=N,
         rotary_pos_emb=N, {ATTENTION}""",
+    "RotaryPositionEmbedding": """dim, rotary_percent=1.0, seq_len_interpolation_factor=N, pretrained_max_position_embeddings=N,
+        rotary_base=1e4, interleaved=F""",
+    "RotaryPositionEmbedding.forward": "max_seq_len, offset=0",
+    "apply_rotary_pos_emb": """t, freqs, tensor_format="sbhd", start_positions=N, interleaved=F, fused=F, cu_seqlens=N, cp_size=1,
+        cp_rank=0""",
     "autocast": "enabled=T, calibrating=F, recipe=N, amax_reduction_group=N, _graph=F",
     "fp8_autocast": "enabled=T, calibrating=F, fp8_recipe=N, fp8_group=N, _graph=F",
 }

@@ -355,7 +355,7 @@ def test_fused_and_split_parameters_hold_the_same_layer(device):
         ({"parallel_attention_mlp": True, "output_layernorm": True}, ValueError, "parallel_attention_mlp"),
         ({"ub_tp_comm_overlap": True}, NotImplementedError, "ub_tp_comm_overlap"),
         ({"tp_group": object()}, NotImplementedError, "tp_group"),
-        ({"qk_norm_type": "RMSNorm"}, NotImplementedError, "qk_norm_type"),
+        ({"qk_norm_type": "rms"}, ValueError, "qk_norm_type must be one of"),
         ({"softmax_type": "off-by-one"}, NotImplementedError, "softmax_type"),
         ({"layernorm_epsilon": 0.0}, ValueError, "eps must be"),
     ],
@@ -382,7 +382,7 @@ def test_bad_inputs():
         layer(x, torch.zeros(3, 1, 1, 7), "padding")
     with pytest.raises(NotImplementedError, match="encoder_output"):
         layer(x, encoder_output=x)
-    with pytest.raises(NotImplementedError, match="rotary_pos_emb"):
+    with pytest.raises(ValueError, match="rotary_pos_emb must be"):
         layer(x, rotary_pos_emb=x)
     with pytest.raises(NotImplementedError, match="enc_dec_attn_mask"):
         layer(x, enc_dec_attn_mask=torch.zeros(1))
