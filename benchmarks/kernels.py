@@ -16,6 +16,7 @@ from overdrive.ops.norm import norm, norm_backward
 from overdrive.ops.qkv import qkv_gradient
 from overdrive.ops.quantize import Mode, Quantization, quantize
 from overdrive.ops.residual import residual_add, residual_backward, residual_norm
+from overdrive.ops.rotary import rotary
 from overdrive.ops.scaling import arena, begin_step, tenant_id
 from overdrive.recipe import DelayedScaling
 
@@ -60,6 +61,10 @@ def cases(tokens: int, device: torch.device):
     heads = [x[4096].clone().view(-1, 4, 32, 128) for _ in range(3)]
     for name, q in {"plain": plain, "delayed": delayed}.items():
         yield f"qkv gradient 3 x 4096 {name} + bias", qkv_gradient, (*heads, True, True, *q)
+    angles = torch.randn(tokens // 4, 1, 1, 128, device=device)
+    query, key, _ = torch.randn(tokens // 4, 4, 48, 128, device=device).bfloat16().split([32, 8, 8], 2)
+    for name, interleaved in {"halves": False, "neighbours": True}.items():
+        yield f"rotary 32 + 8 heads of 128, {name}", rotary, (query, key, angles, None, None, interleaved, False, False)
     for name, q in {"plain": plain, **modes}.items():
         yield f"layernorm 4096 {name}", norm, (x[4096], gamma, gamma, 1e-5, False, False, 0, *q)
     yield "rmsnorm 4096 plain", norm, (x[4096], gamma, None, 1e-5, False, True, 0, *plain)
