@@ -80,6 +80,8 @@ def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tenso
             if group is not None:
                 reduced = torch.where(state.owned_by(tenant), state.amax, UNTOUCHED)
                 torch.distributed.all_reduce(reduced.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
+    if torch.cuda.is_current_stream_capturing():
+        state.captured = True
     snapshot = state.scale.new_empty(capacity)
     args = (state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot)
     launch(

@@ -224,9 +224,25 @@ class Module(nn.Module):
         self._fuse()
         return self
 
+    def scaling_state(self) -> torch.Tensor | None:
+        """Delayed scaling's state of this layer, None where nothing was recorded."""
+        if self._slot_range is None or self._device.type == "meta":
+            return None
+        return self._slot_range.export(self._device)
+
+    def set_scaling_state(self, state: torch.Tensor | None) -> None:
+        """Go back to what scaling_state gave."""
+        if self._slot_range is None or self._device.type == "meta":
+            return
+        if state is None:
+            self._slot_range.reset(self._device)
+        else:
+            self._slot_range.restore(state, self._device)
+        renew_snapshot(self._device)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = None if self._slot_range is None or self._device.type == "meta" else self._slot_range.export(self._device)
+        state = self.scaling_state()
         if state is not None:
             destination[prefix + "_extra_state"] = state
 
@@ -257,8 +273,7 @@ class Module(nn.Module):
         """For pickle and copy.deepcopy: the copy gets slots of its own with the same state."""
         state = self.__dict__.copy()
         if self._slot_range is not None:
-            exported = self._slot_range.export(self._device) if self._device.type != "meta" else None
-            state["_slot_range"] = (len(self._linears) or 1, exported)
+            state["_slot_range"] = (len(self._linears) or 1, self.scaling_state())
         state["_fused"], state["_weight_cache"] = {}, {}
         state["_weight_grads"] = WeightGradStore(self._weight_grads.fuse, self._weight_grads.delay)
         return state

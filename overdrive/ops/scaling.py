@@ -47,12 +47,14 @@ class Arena:
     amax: f32 [slots], largest |x| recorded since the last step, UNTOUCHED if none.
     owner: i32 [slots], the tenant that recorded last, or RESTORED.
     history: f32 [length, slots], a ring. position: i32 [slots], steps rolled.
-    scale: f32 [slots]. counter: i32 [1], only there to order `begin_step` calls under torch.compile.
+    scale: f32 [slots]. counter: i32 [1], only there to order `begin_step` calls under torch.compile. captured: a CUDA graph knows
+    the addresses, so nothing may move.
     """
 
     @torch.inference_mode(False)  # lives on, so its tensors are normal ones wherever the first FP8 call happens
     def __init__(self, device: torch.device) -> None:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.captured = False
         self._allocate(_SMALLEST_ARENA, 1)
 
     @torch.inference_mode(False)
@@ -76,6 +78,11 @@ class Arena:
         slots = max(kept, 1 << (slots - 1).bit_length())
         if slots == kept and length <= self.history.shape[0]:
             return
+        if self.captured:
+            raise RuntimeError(
+                f"delayed scaling's state on {self.counter.device} must grow to {slots} slots and a history of {length} steps, but "
+                "a CUDA graph was captured that has its addresses; build all layers, and enter every recipe once, before the capture"
+            )
         by_age = self.chronological()
         self._allocate(slots, max(length, by_age.shape[0]))
         for name in ("amax", "owner", "scale"):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from overdrive import __version__
 from overdrive.functional.attention import attention_backends
 from overdrive.modules.attention import DotProductAttention
+from overdrive.modules.graphs import make_graphed_callables
 from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.layernorm_mlp import LayerNormMLP
@@ -46,6 +47,7 @@ __all__ = [
     "is_fp8_block_scaling_available",
     "is_mxfp8_available",
     "is_nvfp4_available",
+    "make_graphed_callables",
 ]
 
 _LATER = (
@@ -54,7 +56,6 @@ _LATER = (
     "GroupedLinear",
     "InferenceParams",
     "fp8_model_init",
-    "make_graphed_callables",
     "quantized_model_init",
 )
 

@@ -88,6 +88,12 @@ class SlotRange:
             SLOTS.use_on(with_index(device))
         return torch.arange(self.start, self.start + self.size, dtype=torch.int32, device=device)
 
+    def reset(self, device: torch.device) -> None:
+        """Back to the first state: scale 1, no history."""
+        state = SLOTS.arena_on(with_index(device))
+        if self.start < state.capacity:
+            forget(state, self.start, self.size)
+
     def export(self, device: torch.device) -> torch.Tensor | None:
         """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was
         recorded.

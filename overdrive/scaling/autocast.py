@@ -18,18 +18,25 @@ from overdrive.scaling.quantizers import Rules, rules_for
 from overdrive.scaling.support import usable
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass
 class Context:
     """What an autocast asks of the layers inside.
 
     rules: how to quantize, None for high precision. tenant: delayed scaling's number of the recipe and group. snapshots: this
-    step's scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already.
+    step's scales by device. replayed: this repeats a forward for a checkpoint, whose amaxes are recorded already. captured: it was
+    entered while a CUDA graph was being captured.
     """
 
     rules: Rules | None = None
     tenant: int = -1
     snapshots: dict[torch.device, torch.Tensor] | None = None
     replayed: bool = False
+    captured: bool = False
 
     def snapshot_on(self, device: torch.device, slots: SlotRange) -> torch.Tensor:
         """The scales on `device`, those of `slots` too; taken now for layers built or moved since the autocast began."""
@@ -37,6 +44,11 @@ class Context:
         snapshot = self.snapshots.get(device)
         if torch.compiler.is_compiling() and snapshot is not None:
             return snapshot  # slots differ from layer to layer: compiled code must not look at them
+        if not self.captured and _capturing(device):
+            raise RuntimeError(
+                "a CUDA graph is being captured inside of an autocast that was entered before the capture: every replay would use "
+                "today's scales. Enter autocast in the function that is captured, or use overdrive.pytorch.make_graphed_callables"
+            )
         if snapshot is None or snapshot.numel() < slots.end:
             SLOTS.use_on(device)
             snapshot = self.renew(device)
@@ -109,7 +121,10 @@ def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group:
         snapshots = outer.snapshots  # a nested autocast continues the step of its equal
     else:
         snapshots = _snapshots(tenant, training)
-    return Context(rules, tenant, snapshots)
+    captured = outer.captured
+    if snapshots is not outer.snapshots:
+        captured = not torch.compiler.is_compiling() and any(map(_capturing, snapshots))
+    return Context(rules, tenant, snapshots, captured=captured)
 
 
 def _enter(enabled: bool, calibrating: bool, recipe: Recipe | None, group: Any, outer: Context) -> Context:
