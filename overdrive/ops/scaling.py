@@ -81,7 +81,7 @@ class Arena:
         if self.captured:
             raise RuntimeError(
                 f"delayed scaling's state on {self.counter.device} must grow to {slots} slots and a history of {length} steps, but "
-                "a CUDA graph was captured that has its addresses; build all layers, and enter every recipe once, before the capture"
+                "a CUDA graph was captured that has its addresses; build all layers and enter every recipe once before the capture"
             )
         by_age = self.chronological()
         self._allocate(slots, max(length, by_age.shape[0]))
