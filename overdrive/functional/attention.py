@@ -2,33 +2,40 @@
 
 Shapes: B batch, H heads, G groups of K/V heads (H % G == 0), S queries, T keys, D head dim of Q and K, E head dim of V. Backends
 read views [B, H, S, D], [B, G, T, D], [B, G, T, E] of any strides, so nothing is copied between the QKV GEMM and the kernel, and
-they answer in the query's memory order, so nothing is copied after it either.
+they answer in the query's memory order, so nothing is copied after it either. flash-attn-4 also writes the gradients of Q, K and V
+into one matrix where Q, K and V are views of one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overdrive.functional.attention_mask import Mask, MaskKind, score_mask
+from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
 from overdrive.ops.library import constant_result
 
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
+_LARGE = 2**24
+"""Scores (queries x keys x heads x batch) from which attention takes the GPU longer than the host."""
 
 
 class Case(NamedTuple):
     """What the choice of a backend depends on.
 
-    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". compiling: by torch.compile.
+    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the host
+    takes longer than the GPU, else "large".
     """
 
     device: str
@@ -38,11 +45,14 @@ class Case(NamedTuple):
     head_dim: int
     value_dim: int
     grouped: bool
-    compiling: bool
+    size: str
 
 
 class Backend(NamedTuple):
-    """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths."""
+    """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
+
+    sdpa: which of torch's it is; package: or what must be installed for it. heavy: its launches take more host time than others'.
+    """
 
     name: str
     sdpa: SDPBackend | None
@@ -52,11 +62,11 @@ class Backend(NamedTuple):
     masks: tuple[str, ...] = ("none", "causal", "tensor")
     dropout: bool = True
     coarse_dropout: tuple[int, ...] = ()
-    head_dims: tuple[int, ...] = ()
+    head_dim_multiple: int = 1
     max_head_dim: int | None = None
     unequal_dims: bool = True
     grouped: bool = True
-    compiles: bool = True
+    heavy: bool = False
     package: str | None = None
 
 
@@ -65,13 +75,14 @@ BACKENDS = (
         "flash-attn-4",
         None,
         ("cuda",),
-        capabilities=(9, 10),
+        capabilities=(9,),
         dtypes=_HALF,
         masks=("none", "causal"),
         dropout=False,
-        head_dims=(64, 128),
         unequal_dims=False,
-        compiles=False,
+        head_dim_multiple=8,
+        max_head_dim=256,
+        heavy=True,
         package="flash_attn.cute",
     ),
     Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, coarse_dropout=(10,), max_head_dim=256),
@@ -124,6 +135,16 @@ def _machine_refusal(backend: Backend, device: str) -> str:
     return ""
 
 
+@functools.cache
+def _load_failure(package: str) -> str:
+    """Why `package`, which is installed, cannot be used, or ""."""
+    try:
+        importlib.import_module("overdrive.kernels.attention")
+    except Exception as error:  # whatever a compiler package may raise where its libraries do not fit
+        return f"{package} does not load: {type(error).__name__}: {error}"
+    return ""
+
+
 def _refusal(backend: Backend, case: Case) -> str:
     """Why `backend` cannot take `case`, or ""; lengths and strides are torch's to judge."""
     dims = (case.head_dim, case.value_dim)
@@ -139,13 +160,11 @@ def _refusal(backend: Backend, case: Case) -> str:
         return "rounds dropout probabilities to sixteenths on this GPU"
     if not backend.unequal_dims and dims[0] != dims[1]:
         return f"needs head dims of Q/K and V to be equal, got {dims[0]} and {dims[1]}"
-    if backend.head_dims and dims[0] not in backend.head_dims:
-        return f"takes head dims {', '.join(map(str, backend.head_dims))}, not {dims[0]}"
+    if any(dim % backend.head_dim_multiple for dim in dims):
+        return f"takes head dims that are multiples of {backend.head_dim_multiple}, got {dims[0]} and {dims[1]}"
     if backend.max_head_dim and max(dims) > backend.max_head_dim:
         return f"takes head dims up to {backend.max_head_dim}, not {max(dims)}"
-    if case.compiling and not backend.compiles:
-        return "cannot be traced by torch.compile"
-    return ""
+    return _load_failure(backend.package) if backend.package else ""
 
 
 class Route(NamedTuple):
@@ -168,7 +187,8 @@ def _chosen(forced: str, case: Case) -> Route:
             raise _cannot_run(forced, reason)
         names = (forced,)
     else:
-        names = tuple(backend.name for backend in BACKENDS if not _refusal(backend, case))
+        fitting = (backend for backend in BACKENDS if case.size == "large" or not backend.heavy)
+        names = tuple(backend.name for backend in fitting if not _refusal(backend, case))
     return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
 
 
@@ -203,19 +223,34 @@ def _sdpa(names, query, key, value, mask, causal, dropout, scale) -> torch.Tenso
         torch._C._set_sdp_priority_order(previous)
 
 
-def _flash_attn_4(query, key, value, causal, scale) -> torch.Tensor:
-    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+class FlashAttention4(torch.autograd.Function):
+    """attention_forward, whose gradients are views of one matrix where Q, K and V are."""
 
-    out = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=causal)
-    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    @staticmethod
+    def forward(ctx: Any, query, key, value, causal, scale):
+        out, lse = attention_forward(query, key, value, causal, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out, lse = ctx.saved_tensors
+        places = [] if torch.compiler.is_compiling() else places_in_one_matrix(query, key, value)
+        gradients = attention_backward(dout, query, key, value, out, lse, ctx.causal, ctx.scale, places)
+        if places:
+            gradients = views_at(places, gradients[0], query.shape, key.shape, value.shape)
+        return *gradients, None, None
 
 
 def _case(query, key, value, mask, causal, dropout) -> tuple:
     kind = "tensor" if mask is not None else "causal" if causal else "none"
     drops = "none" if dropout == 0 else "any" if dropout * 16 % 1 else "sixteenths"
-    grouped = query.shape[1] != key.shape[1]
-    compiling = torch.compiler.is_compiling()
-    return query.device.type, query.dtype, kind, drops, query.shape[-1], value.shape[-1], grouped, compiling
+    batch, heads, queries, dim = query.shape
+    _, groups, keys, value_dim = value.shape
+    size = "large" if batch * heads * queries * keys >= _LARGE else "small"
+    return query.device.type, query.dtype, kind, drops, dim, value_dim, heads != groups, size
 
 
 def attention(
@@ -236,7 +271,7 @@ def attention(
     case = _case(query, key, value, mask, causal, dropout)
     names, repeat = (("math",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
     if names[0] == "flash-attn-4":
-        return _flash_attn_4(query, key, value, causal, scale)
+        return FlashAttention4.apply(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
     if repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return _sdpa(names, query, key, value, mask, causal, dropout, scale)
@@ -359,6 +394,8 @@ def explain(
             reason = reason or f"{VARIABLE}={forced}"
         elif chosen:
             reason = reason or f"{chosen} is faster"
+        elif backend.heavy and case.size == "small":
+            reason = reason or "its launches would take longer than so little attention"
         if reason:
             passed_over[backend.name] = reason
         else:
@@ -369,5 +406,8 @@ def explain(
 def attention_backends() -> dict[str, tuple[bool, str]]:
     """Each backend's (usable, reason) on this machine, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = {backend.name: _machine_refusal(backend, device) for backend in BACKENDS}
+    reasons = {
+        backend.name: _machine_refusal(backend, device) or (_load_failure(backend.package) if backend.package else "")
+        for backend in BACKENDS
+    }
     return {name: (not reason, reason) for name, reason in reasons.items()}

@@ -24,6 +24,21 @@ class QKVLayout:
     head_dim: int
     interleaved: bool
 
+    @property
+    def features(self) -> int:
+        """Of the product."""
+        return (self.heads + 2 * self.groups) * self.head_dim
+
+    def places(self) -> tuple[tuple[int, int, int], ...]:
+        """(heads, first feature, stride of the heads) of Q, of K and of V; 0 for a stride where none spans the heads."""
+        width, per_group = self.head_dim, self.heads // self.groups
+        starts, strides = (0, self.heads, self.heads + self.groups), (width,) * 3
+        if self.interleaved:
+            stride = (per_group + 2) * width
+            query = stride if per_group == 1 else width if self.groups == 1 else 0
+            starts, strides = (0, per_group, per_group + 1), (query, stride, stride)
+        return tuple(zip((self.heads, self.groups, self.groups), (start * width for start in starts), strides))
+
 
 def outputs_of(y: torch.Tensor, layout: QKVLayout | None) -> tuple[torch.Tensor, ...]:
     """(y,), or (Q [.., .., H, D], K, V [.., .., G, D])."""
@@ -35,6 +50,21 @@ def output_count(layout: QKVLayout | None) -> int:
     return 1 if layout is None else 3
 
 
+def whole_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, layout: QKVLayout) -> torch.Tensor | None:
+    """The matrix [tokens, features] of which dq, dk and dv are what `outputs_of` gives, or None: then they must be gathered."""
+    if torch.compiler.is_compiling():
+        return None
+    outer, inner = dq.shape[:2]
+    row, start, storage = layout.features, dq.storage_offset(), dq.untyped_storage()._cdata
+    for x, (heads, first, stride) in zip((dq, dk, dv), layout.places()):
+        shape, strides = (outer, inner, heads, layout.head_dim), (inner * row, row, stride, 1)
+        if x.shape != shape or (x.stride() != strides and any(n > 1 and a != b for n, a, b in zip(shape, x.stride(), strides))):
+            return None
+        if x.storage_offset() != start + first or x.untyped_storage()._cdata != storage or x.dtype != dq.dtype:
+            return None
+    return dq.as_strided((outer * inner, row), (row, 1))
+
+
 def outputs_gradient(
     grads: tuple[Any, ...], layout: QKVLayout | None, options: GemmOptions, scales: Scales
 ) -> tuple[Operand, torch.Tensor | None]:
@@ -42,6 +72,9 @@ def outputs_gradient(
     if layout is None:
         return grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), options, scales)
     dq, dk, dv = grads[:3]
+    whole = whole_gradient(dq, dk, dv, layout)
+    if whole is not None:
+        return grad_operand(whole, options, scales)
     arguments = (dq, dk, dv, layout.interleaved, options.bias_grad)
     if options.rules is None or not options.rules.quantizes:
         dy, *_, dbias = qkv_gradient(*arguments, *Quantization(Mode.PLAIN, dq.dtype))
@@ -49,6 +82,6 @@ def outputs_gradient(
         row, col = options.input_grad, options.weight_grad
         quantizer = options.rules.grad_output
         *outputs, dbias = qkv_gradient(*arguments, *quantizer.arguments(scales, row, col))
-        shape = (dq.shape[0] * dq.shape[1], (layout.heads + 2 * layout.groups) * layout.head_dim)
+        shape = (dq.shape[0] * dq.shape[1], layout.features)
         dy = quantizer.wrap(outputs, shape, dq.dtype, row, col)
     return dy, dbias if options.bias_grad else None

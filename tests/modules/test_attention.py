@@ -13,7 +13,10 @@ from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's own tracer
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # of torch 2.11's own tracer
+    pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning"),  # of flash-attn-4's compiler
+]
 
 MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal", "padding,causal", "arbitrary")
 USABLE = [name for name, (usable, _) in attention_backends().items() if usable]
@@ -330,7 +333,7 @@ def test_preferences_on_hopper(change, best, monkeypatch):
 
     monkeypatch.setattr(attention, "_machine_refusal", usable)
     monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
-    case = Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, False)._replace(**change)
+    case = Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")._replace(**change)
     assert _chosen.__wrapped__("", case).names[0] == best
     grouped = _chosen.__wrapped__("", case._replace(grouped=True))
     assert grouped.repeat == (best == "efficient")
@@ -341,7 +344,7 @@ def test_blackwell_rounds_dropout(monkeypatch):
         attention, "_machine_refusal", lambda backend, device: "" if backend.name in ("cudnn", "flash") else "elsewhere"
     )
     monkeypatch.setattr(attention, "_capability", lambda: (10, 0))
-    case = Case("cuda", torch.bfloat16, "causal", "any", 128, 128, False, False)
+    case = Case("cuda", torch.bfloat16, "causal", "any", 128, 128, False, "large")
     assert _chosen.__wrapped__("", case).names[0] == "flash"
     assert _chosen.__wrapped__("", case._replace(dropout="sixteenths")).names[0] == "cudnn"
 
@@ -368,7 +371,7 @@ def test_compiled_code_uses_the_backend_that_was_explained(mask_type, device):
     kernels = set()
 
     def capture(graph, _):
-        kernels.update(str(node.target) for node in graph.graph.nodes if "_scaled_dot_product" in str(node.target))
+        kernels.update(str(node.target) for node in graph.graph.nodes if "attention" in str(node.target))
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
@@ -381,6 +384,23 @@ def test_compiled_code_uses_the_backend_that_was_explained(mask_type, device):
         backend = module.explain(q, k, v, mask).backend
     name = {"cpu": "flash_attention_for_cpu", "cudnn": "cudnn_attention"}[backend]
     assert {kernel.split(".")[1] for kernel in kernels if "backward" not in kernel} == {f"_scaled_dot_product_{name}"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("flash-attn-4" not in USABLE, reason="needs flash-attn-4")
+def test_compiled_flash_attn_4_equals_eager(device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
+    module = DotProductAttention(4, 64, 2)
+    compiled = torch.compile(module, fullgraph=True)
+    for length in (64, 80, 200):
+        inputs = draw(device=device, queries=length, dim=64, groups=2, dtype=torch.bfloat16)
+        for call in (compiled, module):
+            out = call(*inputs)
+            results = (out, *torch.autograd.grad(out, inputs, torch.ones_like(out)))
+            if call is compiled:
+                expected = results
+        for a, b in zip(results, expected):
+            assert_close(a, b.detach().cpu().double(), torch.bfloat16)
 
 
 # --- bad inputs ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overdrive.ops import activation, gemm, norm, qkv, quantize, residual, rotary, scaling  # noqa: F401  (define the ops)
+from overdrive.ops import (  # noqa: F401  (define the ops)
+    activation,
+    attention,
+    gemm,
+    norm,
+    qkv,
+    quantize,
+    residual,
+    rotary,
+    scaling,
+)
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
@@ -19,6 +29,7 @@ SEED = torch.tensor([5])
 GAMMA = torch.ones(K, dtype=torch.bfloat16)
 HEADS = draw(T, K, dtype=torch.bfloat16).view(T, 3, 3, 16)
 FROM, BOUNDS = torch.zeros(T, dtype=torch.int64), torch.tensor([0, 7, T], dtype=torch.int32)
+PLACES = [number for place in (0, 64, 96) for number in (place, 128, 16, 256)]  # of 4 + 2 + 2 heads in a matrix [10 * 2, 8 * 16]
 STATISTICS = (torch.zeros(T), torch.ones(T))
 
 
@@ -82,6 +93,14 @@ OTHERS = {
         lambda: (*fp8_operands(Mode.CURRENT, Mode.CURRENT), None, torch.float32, Mode.CURRENT, Mode.CURRENT, True),
         lambda: (*fp8_operands(Mode.BLOCK_1D, Mode.BLOCK_2D), None, torch.bfloat16, Mode.BLOCK_1D, Mode.BLOCK_2D, False),
     ],
+    "attention_forward": [
+        lambda: (*heads(4, 2, 2), True, 0.1),
+        lambda: (*(part.transpose(0, 2) for part in heads(4, 4, 4)), False, 0.1),
+    ],
+    "attention_backward": [
+        lambda: (heads(4)[0], *heads(4, 2, 2), heads(4)[0], torch.ones(2, 4, 10), True, 0.1, []),
+        lambda: (heads(4)[0], *heads(4, 2, 2), heads(4)[0], torch.ones(2, 4, 10), False, 0.1, [*PLACES]),
+    ],
     "begin_step": [
         lambda: (torch.zeros(1, dtype=torch.int32), 1024, -1),
         lambda: (torch.zeros(1, dtype=torch.int32), 1024, tenant_id(DelayedScaling(amax_history_len=4), None)),
@@ -90,6 +109,11 @@ OTHERS = {
 }
 TENANT = tenant_id(DelayedScaling(), None)
 OWN = SlotRange(1, torch.device("cpu"))
+
+
+def heads(*counts: int) -> list[torch.Tensor]:
+    """[2, heads, 10, 16] views of [10, 2, heads, 16]."""
+    return [draw(T, count * 16, dtype=torch.bfloat16).view(10, 2, count, 16).permute(1, 2, 0, 3) for count in counts]
 
 
 def fp8_operands(mode_a: Mode, mode_b: Mode) -> tuple[torch.Tensor, ...]:
