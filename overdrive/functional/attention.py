@@ -27,15 +27,15 @@ from overdrive.ops.library import constant_result
 
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
-_LARGE = 2**24
-"""Scores (queries x keys x heads x batch) from which attention takes the GPU longer than the host."""
+_LARGE = 2**35
+"""Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
 
 
 class Case(NamedTuple):
     """What the choice of a backend depends on.
 
-    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the host
-    takes longer than the GPU, else "large".
+    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the
+    host is what one waits for, else "large".
     """
 
     device: str
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
-    sdpa: which of torch's it is; package: or what must be installed for it. heavy: its launches take more host time than others'.
+    sdpa: which of torch's it is; package: or what must be installed for it. heavy: it takes more host time than others.
     """
 
     name: str
@@ -249,7 +249,7 @@ def _case(query, key, value, mask, causal, dropout) -> tuple:
     drops = "none" if dropout == 0 else "any" if dropout * 16 % 1 else "sixteenths"
     batch, heads, queries, dim = query.shape
     _, groups, keys, value_dim = value.shape
-    size = "large" if batch * heads * queries * keys >= _LARGE else "small"
+    size = "large" if batch * heads * queries * keys * dim >= _LARGE else "small"
     return query.device.type, query.dtype, kind, drops, dim, value_dim, heads != groups, size
 
 
@@ -395,7 +395,7 @@ def explain(
         elif chosen:
             reason = reason or f"{chosen} is faster"
         elif backend.heavy and case.size == "small":
-            reason = reason or "its launches would take longer than so little attention"
+            reason = reason or "takes more host time than it saves with so little work"
         if reason:
             passed_over[backend.name] = reason
         else:

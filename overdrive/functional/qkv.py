@@ -54,13 +54,16 @@ def whole_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, layout:
     """The matrix [tokens, features] of which dq, dk and dv are what `outputs_of` gives, or None: then they must be gathered."""
     if torch.compiler.is_compiling():
         return None
+    storage = dq.untyped_storage()._cdata
+    if dk.untyped_storage()._cdata != storage or dv.untyped_storage()._cdata != storage:
+        return None
     outer, inner = dq.shape[:2]
-    row, start, storage = layout.features, dq.storage_offset(), dq.untyped_storage()._cdata
+    row, start = layout.features, dq.storage_offset()
     for x, (heads, first, stride) in zip((dq, dk, dv), layout.places()):
         shape, strides = (outer, inner, heads, layout.head_dim), (inner * row, row, stride, 1)
-        if x.shape != shape or (x.stride() != strides and any(n > 1 and a != b for n, a, b in zip(shape, x.stride(), strides))):
+        if x.shape != shape or x.storage_offset() != start + first or x.dtype != dq.dtype:
             return None
-        if x.storage_offset() != start + first or x.untyped_storage()._cdata != storage or x.dtype != dq.dtype:
+        if x.stride() != strides and any(n > 1 and a != b for n, a, b in zip(shape, x.stride(), strides)):
             return None
     return dq.as_strided((outer * inner, row), (row, 1))
 

@@ -13,10 +13,7 @@ from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # of torch 2.11's own tracer
-    pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning"),  # of flash-attn-4's compiler
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's own tracer
 
 MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal", "padding,causal", "arbitrary")
 USABLE = [name for name, (usable, _) in attention_backends().items() if usable]
