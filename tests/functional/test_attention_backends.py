@@ -118,10 +118,19 @@ def matrix_views(layout: QKVLayout, outer=4, inner=3, dtype=torch.float32) -> tu
     return outputs_of(torch.randn(outer, inner, features, dtype=dtype), layout)
 
 
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    """x, in the same place of another storage."""
+    return x._base.clone().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 WRONG = {
     "a copy of K": lambda q, k, v: (q, k.clone(), v),
     "K and V exchanged": lambda q, k, v: (q, v, k),
     "V twice": lambda q, k, v: (q, v, v),
+    "K twice": lambda q, k, v: (q, k, k),
+    "K of another matrix": lambda q, k, v: (q, elsewhere(k), v),
+    "V of another matrix": lambda q, k, v: (q, k, elsewhere(v)),
+    "one channel": lambda q, k, v: (q[..., :1].expand_as(q), k, v),
     "every other token": lambda q, k, v: (q[::2], k[::2], v[::2]),
     "tokens of another order": lambda q, k, v: (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)),
     "K a token later": lambda q, k, v: (q[:-1], k[1:], v[:-1]),
