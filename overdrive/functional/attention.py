@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from overdrive.functional.attention_mask import Mask, MaskKind, score_mask
+from overdrive.functional.node import applied, first_order
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
 from overdrive.ops.library import constant_result
 
@@ -234,7 +234,7 @@ class FlashAttention4(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, lse = ctx.saved_tensors
         places = [] if torch.compiler.is_compiling() else places_in_one_matrix(query, key, value)
@@ -242,6 +242,9 @@ class FlashAttention4(torch.autograd.Function):
         if places:
             gradients = views_at(places, gradients[0], query.shape, key.shape, value.shape)
         return *gradients, None, None
+
+
+_flash_attention_4 = applied(FlashAttention4)
 
 
 def _case(query, key, value, mask, causal, dropout) -> tuple:
@@ -271,7 +274,7 @@ def attention(
     case = _case(query, key, value, mask, causal, dropout)
     names, repeat = (("math",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
     if names[0] == "flash-attn-4":
-        return FlashAttention4.apply(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
+        return _flash_attention_4(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
     if repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return _sdpa(names, query, key, value, mask, causal, dropout, scale)

@@ -8,10 +8,11 @@ earlier one a key less; S <= T.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from overdrive.ops.library import define, empty_like_none
+from overdrive.ops.library import define
 
 
 def new_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
@@ -92,7 +93,7 @@ attention_forward = define(
 """softmax(scale * Q K^T, masked) V and the log of each row's softmax denominator, f32 [B, H, S]. On GPUs by flash-attn-4."""
 
 
-def _gradients(dout, query, key, value, out, lse, causal, scale, places) -> tuple[torch.Tensor, ...]:
+def _gradients(dout, query, key, value, out, lse, causal, scale, places) -> tuple[torch.Tensor | None, ...]:
     dy, q, k, v, o = _wide(dout, query, key, value, out)
     groups = k.shape[1]
     repeats = q.shape[1] // groups
@@ -107,11 +108,10 @@ def _gradients(dout, query, key, value, out, lse, causal, scale, places) -> tupl
     return outputs
 
 
-def new_gradients(query, key, value, places) -> tuple[torch.Tensor, ...]:
-    """attention_backward's outputs, empty."""
+def new_gradients(query, key, value, places) -> tuple[Any, ...]:
+    """attention_backward's outputs, uninitialised."""
     if places:
-        flat = query.new_empty(query.numel() + key.numel() + value.numel())
-        return flat, empty_like_none(query), empty_like_none(query)
+        return query.new_empty(query.numel() + key.numel() + value.numel()), None, None
     return tuple(torch.empty_like(x) for x in (query, key, value))
 
 
