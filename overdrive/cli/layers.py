@@ -6,44 +6,13 @@ Shapes: S sequence, B batch, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import overdrive.pytorch as te
+from overdrive.bench.plain import Size
 from overdrive.cli.tutorial import BasicMLP, DotProductAttention
-
-
-@dataclass(frozen=True)
-class Size:
-    """What every stage of the quickstart is built from."""
-
-    hidden: int
-    ffn: int
-    heads: int
-    sequence: int
-    batch: int
-
-
-class SdpaAttention(nn.Module):
-    """`DotProductAttention` through torch's own fused attention."""
-
-    def __init__(self, num_attention_heads: int, kv_channels: int, attention_dropout: float) -> None:
-        super().__init__()
-        self.dropout = attention_dropout
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`[S, B, H, D]` three times in, `[S, B, H * D]` out. The only mask this command makes is the causal one."""
-        q_BHSD, k_BHSD, v_BHSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        context_BHSD = nn.functional.scaled_dot_product_attention(
-            q_BHSD,
-            k_BHSD,
-            v_BHSD,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is not None,
-        )
-        return context_BHSD.permute(2, 0, 1, 3).flatten(2)
 
 
 class PlainLayer(nn.Module):
@@ -55,13 +24,12 @@ class PlainLayer(nn.Module):
         dropout: float,
         linear: Callable[..., nn.Module] = nn.Linear,
         layer_norm: Callable[..., nn.Module] = nn.LayerNorm,
-        attention: Callable[..., nn.Module] = DotProductAttention,
     ) -> None:
         super().__init__()
         self.heads = size.heads
         self.ln1 = layer_norm(size.hidden, eps=1e-5)
         self.qkv_projection = linear(size.hidden, 3 * size.hidden, bias=True)
-        self.attention = attention(size.heads, size.hidden // size.heads, dropout)
+        self.attention = DotProductAttention(size.heads, size.hidden // size.heads, dropout)
         self.projection = linear(size.hidden, size.hidden, bias=True)
         self.dropout = nn.Dropout(dropout)
         self.ln2 = layer_norm(size.hidden, eps=1e-5)
@@ -91,19 +59,6 @@ class FusedLayer(nn.Module):
         qkv = self.ln_qkv(x).unflatten(-1, (self.heads, -1))
         x = x + self.dropout(self.projection(self.attention(*qkv.chunk(3, dim=-1), attention_mask)))
         return x + self.dropout(self.ln_mlp(x))
-
-
-def transformer_layer(size: Size, dropout: float, causal: bool) -> te.TransformerLayer:
-    """The same layer in one module."""
-    return te.TransformerLayer(
-        size.hidden,
-        size.ffn,
-        size.heads,
-        layernorm_epsilon=1e-5,
-        hidden_dropout=dropout,
-        attention_dropout=dropout,
-        self_attn_mask_type="causal" if causal else "no_mask",
-    )
 
 
 def causal_mask(size: Size, device: torch.device) -> Tensor:

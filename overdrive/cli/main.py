@@ -1,41 +1,25 @@
-"""The command line: flags, their checks, and what is printed."""
+"""The `overdrive` command: quickstart, bench and doctor."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from overdrive.bench.plain import Size
 from overdrive.cli import report
+from overdrive.cli.bench import bench
 from overdrive.cli.doctor import examine, to_markdown
-from overdrive.cli.layers import Size
+from overdrive.cli.flags import DTYPES, DtypeName, check_chart, count, given, number, parse_device, progress
 from overdrive.cli.quickstart import PARTS, NotSharedError, Settings, run, stages
-from overdrive.cli.recipes import RecipeName
+from overdrive.cli.recipes import DEFAULT_RECIPES, RecipeName
 
-T = TypeVar("T")
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="FP8 Transformer layers: try them, look at this machine.")
-
-
-class DtypeName(str, Enum):
-    """What `--dtype` takes."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
-DTYPES = {DtypeName.FP32: torch.float32, DtypeName.FP16: torch.float16, DtypeName.BF16: torch.bfloat16}
-DEFAULT_RECIPES = [RecipeName.DELAYED, RecipeName.CURRENT, RecipeName.BLOCK]
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="FP8 Transformer layers: try, measure, look at this machine.")
+app.add_typer(bench)
 
 
 class Defaults(NamedTuple):
@@ -55,55 +39,6 @@ DEFAULTS = {
     "cuda": Defaults(4096, 32, 2048, 4, DtypeName.FP16, 50, 50),
     "cpu": Defaults(256, 8, 128, 2, DtypeName.FP32, 10, 3),
 }
-
-
-def parse_device(value: str | None) -> torch.device:
-    """The device that was named, or the GPU where there is one."""
-    if value is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = torch.cuda.device_count()
-    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if value not in allowed:
-        raise typer.BadParameter(
-            f"{value!r} is not a device of this machine; it has {', '.join(allowed)}.", param_hint="'--device'"
-        )
-    return torch.device(value)
-
-
-def check_chart(path: Path) -> Path:
-    """Refuse a chart that could not be saved before anything is measured."""
-    if path.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{str(path)!r} does not end in .png; the chart is a PNG image.")
-    if not path.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{str(path)!r} lies in a folder that does not exist; make it first.")
-    return path
-
-
-def given(value: T | None, default: T) -> T:
-    """The flag's value, or its default on this device."""
-    return default if value is None else value
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[Any], Any]:
-    """A parser that says what came and what is allowed; typer adds the flag's name."""
-    allowed = "a whole number" if kind is int else "a number"
-    allowed += f" of at least {low}" if high == math.inf else f" from {low} to {high}"
-
-    def parse(value: Any) -> Any:
-        try:
-            parsed = kind(value)
-            if low <= parsed <= high:
-                return parsed
-        except ValueError:
-            pass
-        raise typer.BadParameter(f"{value!r} came; it takes {allowed}.")
-
-    return parse
-
-
-def count(help: str, low: int = 1) -> Any:
-    """A flag that takes a whole number."""
-    return typer.Option(help=help, parser=number(int, low), metavar="INT")
 
 
 @app.command()
@@ -151,18 +86,11 @@ def quickstart(
 def show(settings: Settings, path: Path) -> None:
     """Measure under a progress bar, then print the table and save the chart."""
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Redrawn by hand between measurements, as a refreshing thread would disturb them.
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        task = progress.add_task("plain layer in float32", total=PARTS * len(stages(settings)))
-
-        done = itertools.count()
-
-        def tick(what: str) -> None:
-            progress.update(task, description=what, completed=next(done), refresh=True)
-
+    total, done = PARTS * len(stages(settings)), itertools.count()
+    with progress(console) as tick:
+        tick("plain layer in float32", 0, total)
         try:
-            results = run(settings, tick)
+            results = run(settings, lambda what: tick(what, next(done), total))
         except NotSharedError as error:
             console.print(f"[red]{error}[/red]")
             raise typer.Exit(1) from error

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import sys
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import overdrive.pytorch as te
+from overdrive.bench.competitors import transformer_layer
+from overdrive.bench.observe import peak_memory, relative
+from overdrive.bench.plain import EagerLayer, Size, Spec, share_plain, share_whole
+from overdrive.bench.timing import first_backward
 from overdrive.cli import tutorial
-from overdrive.cli.layers import FusedLayer, PlainLayer, SdpaAttention, Size, causal_mask, transformer_layer
+from overdrive.cli.layers import FusedLayer, PlainLayer, causal_mask
 from overdrive.cli.recipes import RECIPES, RecipeName
 from overdrive.scaling.support import usable
 
@@ -67,22 +69,20 @@ class NotSharedError(RuntimeError):
     """A stage does not compute with the plain layer's parameters."""
 
 
-def share_plain(target: nn.Module, source: nn.Module) -> None:
-    """Let one plain layer use the parameters of another."""
-    for name, parameter in source.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        setattr(target.get_submodule(owner), leaf, parameter)
-
-
 def stages(settings: Settings) -> list[Stage]:
     """The stages in the tutorial's order, and plain PyTorch with fused attention beside the plain layer."""
-    size, causal = settings.size, settings.causal
+    size, device = settings.size, settings.device
     own = partial(PlainLayer, size, linear=te.Linear, layer_norm=te.LayerNorm)
-    whole = partial(transformer_layer, size, causal=causal)
-    share_whole = tutorial.share_parameters_with_transformerlayer_te_model
+
+    def spec(dropout: float) -> Spec:
+        return Spec(**dataclasses.asdict(size), causal=settings.causal, dropout=dropout, dtype=settings.dtype)
+
+    def whole(dropout: float) -> te.TransformerLayer:
+        return transformer_layer(te, spec(dropout), device)
+
     return [
         Stage("PyTorch", partial(PlainLayer, size), share_plain),
-        Stage("PyTorch + SDPA", partial(PlainLayer, size, attention=SdpaAttention), share_plain),
+        Stage("PyTorch + SDPA", lambda dropout: EagerLayer(spec(dropout), device), share_plain),
         Stage("Linear + LayerNorm", own, tutorial.share_parameters_with_basic_te_model),
         Stage("LayerNormLinear/MLP", partial(FusedLayer, size), tutorial.share_parameters_with_fused_te_model),
         Stage("TransformerLayer", whole, share_whole),
@@ -126,16 +126,16 @@ class Bench:
         exact = copy.deepcopy(self.plain).float()
         x = self.x.detach().float().requires_grad_()
         y = exact(x, self.mask)
-        with tutorial.first_backward():
+        with first_backward():
             y.backward(self.dy.float())
         return y.detach(), joined(x, exact)
 
     def step(self, stage: Stage, module: nn.Module) -> Tensor:
         """One forward and backward; gradients add up where the parameters are."""
-        # The whole layer knows its mask by name; the others take it as a tensor.
-        mask = None if isinstance(module, te.TransformerLayer) else self.mask
+        # Layers with fused attention know their mask by name; the others take it as a tensor.
+        mask = () if isinstance(module, te.TransformerLayer | EagerLayer) else (self.mask,)
         with precision(stage.recipe):
-            y = module(self.x, attention_mask=mask)
+            y = module(self.x, *mask)
         y.backward(self.dy)
         return y
 
@@ -173,46 +173,6 @@ def joined(x: Tensor, module: nn.Module) -> Tensor:
     """The gradients of the input and of all parameters as one vector."""
     gradients = [x.grad, *(p.grad for p in module.parameters())]
     return torch.cat([g.float().flatten() for g in gradients if g is not None])
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """Frobenius norm of the difference over that of what was wanted."""
-    return ((got.float() - want).norm() / want.norm()).item()
-
-
-def peak_memory(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that torch's allocator held at once during `step`, above what it held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    # The CPU allocator keeps no peak, but reports every allocation to the profiler.
-    with quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        step()
-    recorded = p.profiler and p.profiler.kineto_results
-    assert recorded, "the profiler has run"
-    events: list[Any] = [e for e in recorded.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere: the profiler's start and stop messages come from C++."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def measure(bench: Bench, stage: Stage, tick: Callable[[str], None]) -> Result:

@@ -22,3 +22,4 @@ RECIPES = {
     RecipeName.MXFP8: recipe.MXFP8BlockScaling(),
     RecipeName.NVFP4: recipe.NVFP4BlockScaling(),
 }
+DEFAULT_RECIPES = [RecipeName.DELAYED, RecipeName.CURRENT, RecipeName.BLOCK]

@@ -5,16 +5,16 @@ Shapes: S sequence, B batch, H heads, D head dim.
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import overdrive.pytorch as te
+from overdrive.bench.plain import share, share_mlp, share_whole
+from overdrive.bench.timing import first_backward
 
 __all__ = [
     "BasicMLP",
@@ -78,14 +78,6 @@ def mean_time(step: Callable[[], None], device: torch.device, timing_iters: int,
     return (time.perf_counter() - began) * 1e3 / timing_iters
 
 
-@contextlib.contextmanager
-def first_backward() -> Iterator[None]:
-    """Hide torch's warning that its backward thread was the first to meet cuBLAS: it then sets the thread up itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
-        yield
-
-
 class DotProductAttention(nn.Module):
     """Attention in four plain PyTorch steps, scores and all: what a fused kernel is compared with."""
 
@@ -118,39 +110,22 @@ class BasicMLP(nn.Module):
         return self.linear2(nn.functional.gelu(self.linear1(x), approximate="tanh"))
 
 
-def _share(target: Any, source: Any, prefix: str = "") -> None:
-    """Let `target` use the very weight and bias of `source`, under the names `prefix + "weight"` and `prefix + "bias"`."""
-    setattr(target, prefix + "weight", source.weight)
-    setattr(target, prefix + "bias", source.bias)
-
-
-def _share_mlp(target: Any, basic_model: Any) -> None:
-    _share(target, basic_model.ln2, "layer_norm_")
-    _share(target, basic_model.mlp.linear1, "fc1_")
-    _share(target, basic_model.mlp.linear2, "fc2_")
-
-
 def share_parameters_with_basic_te_model(te_model: Any, basic_model: Any) -> None:
     """Let a layer of `te.Linear` and `te.LayerNorm` use the parameters of the plain PyTorch layer."""
     for name in ("ln1", "qkv_projection", "projection", "ln2"):
-        _share(getattr(te_model, name), getattr(basic_model, name))
+        share(getattr(te_model, name), getattr(basic_model, name))
     for name in ("linear1", "linear2"):
-        _share(getattr(te_model.mlp, name), getattr(basic_model.mlp, name))
+        share(getattr(te_model.mlp, name), getattr(basic_model.mlp, name))
 
 
 def share_parameters_with_fused_te_model(te_model: Any, basic_model: Any) -> None:
     """Let a layer of `te.LayerNormLinear` and `te.LayerNormMLP` use the parameters of the plain PyTorch layer."""
-    _share(te_model.ln_qkv, basic_model.ln1, "layer_norm_")
-    _share(te_model.ln_qkv, basic_model.qkv_projection)
-    _share(te_model.projection, basic_model.projection)
-    _share_mlp(te_model.ln_mlp, basic_model)
+    share(te_model.ln_qkv, basic_model.ln1, "layer_norm_")
+    share(te_model.ln_qkv, basic_model.qkv_projection)
+    share(te_model.projection, basic_model.projection)
+    share_mlp(te_model.ln_mlp, basic_model)
 
 
 def share_parameters_with_transformerlayer_te_model(te_model: Any, basic_model: Any) -> None:
     """Let a `te.TransformerLayer` use the parameters of the plain PyTorch layer."""
-    attention = te_model.self_attention
-    # One QKV weight takes the place of three; its rows are those of the plain layer: Q, K and V of a head, then of the next.
-    _share(attention.layernorm_qkv, basic_model.ln1, "layer_norm_")
-    _share(attention.layernorm_qkv, basic_model.qkv_projection)
-    _share(attention.proj, basic_model.projection)
-    _share_mlp(te_model.layernorm_mlp, basic_model)
+    share_whole(te_model, basic_model)

@@ -16,7 +16,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_library_imports_nothing_of_the_command():
     found = python(
         "import sys, overdrive.pytorch\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('typer', 'rich', 'matplotlib') or m.startswith('overdrive.cli')])"
+        "print([m for m in sys.modules if m.split('.')[0] in ('typer', 'rich', 'matplotlib')"
+        " or m.startswith(('overdrive.cli', 'overdrive.bench'))])"
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "[]"
@@ -36,4 +37,5 @@ def test_the_module_runs_as_the_command_does():
         [sys.executable, "-m", "overdrive.cli", "--help"], capture_output=True, text=True, timeout=120, check=True
     )
     assert "quickstart" in found.stdout
+    assert "bench" in found.stdout
     assert "doctor" in found.stdout

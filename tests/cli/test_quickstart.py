@@ -6,8 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from overdrive.cli import main, quickstart
-from overdrive.cli.layers import Size
+import overdrive.cli.main as main
+from overdrive.bench.plain import Size
+from overdrive.cli import quickstart
 from overdrive.cli.recipes import RecipeName
 
 TINY = ["--hidden", "64", "--heads", "4", "--sequence", "32", "--batch", "2", "--iterations", "1", "--warmup", "0"]
@@ -111,12 +112,3 @@ def test_a_bad_flag_is_named_with_what_came_and_what_is_allowed(flag, value, all
     assert found.exit_code == 2
     for words in (flag, value, allowed):
         assert words in found.output
-
-
-def test_peak_memory_counts_what_is_held_at_once():
-    def step():
-        first = torch.empty(1 << 20, dtype=torch.uint8, device=SETTINGS.device)
-        del first
-        return [torch.empty(1 << 20, dtype=torch.uint8, device=SETTINGS.device) for _ in range(3)]
-
-    assert quickstart.peak_memory(step, SETTINGS.device) == 3 << 20
