@@ -118,7 +118,7 @@ def attention(spec: Spec, protocol: Protocol, only: Sequence[str] = ()) -> Outco
             runs |= {f"{name} {way}": run for way, run in case.runs(name).items()}
         except Exception as error:
             outcome.skipped[name] = reason(error)
-    times, failed = measure({name: timed(run, protocol.device, CALLS_A_VISIT) for name, run in runs.items()}, protocol)
+    times, failed = measure({name: timed(run, protocol.device, CALLS_A_VISIT, alone=True) for name, run in runs.items()}, protocol)
     outcome.skipped |= failed
     for name in names:
         row: dict[str, Any] = {"variant": name, "chosen": name == chosen, "error": errors.get(name)}

@@ -70,7 +70,7 @@ def gemm(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, recipes: Se
                 runs[name] = lambda number, sets=sets: sets[number % len(sets)]()
             except Exception as error:
                 outcome.skipped[f"{label}, {name}"] = reason(error)
-        times, failed = measure({name: timed(run, device, PRODUCTS_A_VISIT) for name, run in runs.items()}, heard)
+        times, failed = measure({name: timed(run, device, PRODUCTS_A_VISIT, alone=True) for name, run in runs.items()}, heard)
         outcome.skipped |= {f"{label}, {name}": why for name, why in failed.items()}
         base = times[BASELINE]["ms"].median if BASELINE in times else None
         for name, found in times.items():

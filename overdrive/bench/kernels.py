@@ -241,7 +241,7 @@ def bandwidths(
             runs[name] = lambda number, each=each: each[number % len(each)].run()
         except Exception as raised:
             outcome.skipped[name] = reason(raised)
-    times, failed = measure({name: timed(run, device, CALLS_A_VISIT) for name, run in runs.items()}, protocol)
+    times, failed = measure({name: timed(run, device, CALLS_A_VISIT, alone=True) for name, run in runs.items()}, protocol)
     outcome.skipped |= failed
     found = {name: moved[name] / times[name]["ms"].median / 1e9 for name in times}
     for name, bandwidth in found.items():

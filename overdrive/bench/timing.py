@@ -18,6 +18,14 @@ from typing import NamedTuple
 
 import torch
 
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU that sleeps; where its clock is slower, it sleeps longer than it has to."""
+
+HOST_BOUND = 1.2
+"""The GPU's time over the host's under which the GPU may have waited."""
+
+MOST_SETS = 128
+
 Visit = Callable[[], Mapping[str, float]]
 """One visit: a sample of each thing it measures."""
 
@@ -90,37 +98,54 @@ def measure(visits: Mapping[str, Visit], protocol: Protocol) -> tuple[dict[str, 
     return {name: found for name, found in spreads.items() if name not in failed}, failed
 
 
-def timed(run: Callable[[int], object], device: torch.device, repeats: int) -> Visit:
+def timed(run: Callable[[int], object], device: torch.device, repeats: int, alone: bool = False) -> Visit:
     """Visits that time `run` over `repeats` calls, on a CPU over one, after one that does not count.
 
     run: takes a number that grows by one from call to call, to choose its input with. Each visit gives "ms", the device's time,
-    and "host_us", the time until the call returns, which on a GPU is what it costs to enqueue.
+    and "host_us", the time until the call returns, which on a GPU is what it costs to enqueue. alone: where the host is the
+    slower of the two, let the GPU sleep until everything is enqueued, so that "ms" is the GPU's own time.
     """
     numbers = itertools.count()
-    repeats = repeats if device.type == "cuda" else 1
+    if device.type != "cuda":
+        return lambda: _on_cpu(run, numbers)
+    asleep = 0.0  # seconds
 
     def visit() -> dict[str, float]:
+        nonlocal asleep
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         run(next(numbers))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if device.type == "cuda" else (None, None)
+        if asleep:
+            torch.cuda._sleep(int(asleep * CYCLES_PER_SECOND))
+        start.record()
         began = time.perf_counter()
-        if start:
-            start.record()
         for _ in range(repeats):
             run(next(numbers))
-        host = (time.perf_counter() - began) / repeats
-        if not start or not end:
-            return {"ms": host * 1e3, "host_us": host * 1e6}
+        host = time.perf_counter() - began
         end.record()
         torch.cuda.synchronize(device)
-        return {"ms": start.elapsed_time(end) / repeats, "host_us": host * 1e6}
+        milliseconds = start.elapsed_time(end)
+        if alone and milliseconds < HOST_BOUND * host * 1e3:
+            asleep = max(asleep, 2 * host)
+        return {"ms": milliseconds / repeats, "host_us": host * 1e6 / repeats}
 
     return visit
 
 
+def _on_cpu(run: Callable[[int], object], numbers: Iterator[int]) -> dict[str, float]:
+    run(next(numbers))
+    began = time.perf_counter()
+    run(next(numbers))
+    elapsed = time.perf_counter() - began
+    return {"ms": elapsed * 1e3, "host_us": elapsed * 1e6}
+
+
 def sets_beyond_cache(size: int, device: torch.device) -> int:
-    """How many inputs of `size` bytes to rotate, so that none is still in the L2 cache when its turn comes: twice its size."""
+    """How many inputs of `size` bytes to rotate, so that none is still in the L2 cache when its turn comes: twice its size.
+
+    No more than MOST_SETS: what works on so little is not bound by memory.
+    """
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return max(2, math.ceil(2 * cache / size))
+    return min(max(2, math.ceil(2 * cache / size)), MOST_SETS)
 
 
 @contextlib.contextmanager

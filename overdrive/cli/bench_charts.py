@@ -46,6 +46,7 @@ def bars(view: View, rows: list[Row], figure: Any) -> None:
         axes.bar_label(drawn, labels, padding=4, fontsize=8)
         axes.set_xlabel(unit)
         axes.set_xlim(0, max(values) * 1.25)
+        axes.margins(y=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         floors = [row for row in rows if row["variant"] in FLOOR_STYLES and key in row]
         for row in floors:

@@ -50,7 +50,7 @@ ABOUT_TIMES = "Times are medians over rounds in random order with rotating input
 LAYER = View(
     "One Transformer layer, forward + backward",
     (
-        *(VARIANT, MS, SPREAD, RATIO, Column("tflops", "TFLOP/s", ".3g"), PEAK),
+        *(VARIANT, MS, SPREAD, RATIO, Column("tflops", "TFLOP/s", ".4g"), PEAK),
         *(Column("error_output", "Error", ".1e"), Column("error_gradients", "of grads", ".1e")),
     ),
     f"{ABOUT_TIMES} Peak: above parameters, gradients and inputs. {ABOUT_ERRORS} and without dropout; the worst of the gradients. "
@@ -72,9 +72,10 @@ HOST = View(
         *(Column("forward_us", "Forward", ".0f"), Column("backward_us", "Backward", ".0f")),
         *(Column("launches", "Launches", "d"), Column("allocations", "Allocations", "d")),
         Column("graph_ms", "Graph ms", ".3f"),
+        Column("graph_gpu_ms", "on GPU", ".3f"),
     ),
     f"{ABOUT_TIMES} us: until both calls returned, each step from an idle GPU. Launches and allocations: of one step. Graph: "
-    "time of a step that was captured as CUDA graphs.",
+    "a step as CUDA graphs, with what the host does between them, and on the GPU alone.",
     bars={"us": "us to enqueue"},
     lines={"us": "us to enqueue", "ratio": "time, eager = 1"},
 )
@@ -82,7 +83,7 @@ GEMM = View(
     "[M, K] @ [K, N]",
     (
         *(Column("m", "M", "d"), Column("n", "N", "d"), Column("k", "K", "d"), VARIANT, MS, SPREAD),
-        *(Column("tflops", "TFLOP/s", ".3g"), RATIO._replace(heading="Of torch.mm"), ERROR),
+        *(Column("tflops", "TFLOP/s", ".4g"), RATIO._replace(heading="Of torch.mm"), ERROR),
     ),
     f"{ABOUT_TIMES} {ABOUT_ERRORS}, FP8's with that of quantizing, which is not timed.",
     bars={"tflops": "TFLOP/s"},
@@ -100,9 +101,9 @@ ATTENTION = View(
     "Attention",
     (
         *(VARIANT._replace(heading="Backend"), Column("forward_ms", "Forward ms", ".3f")),
-        *(Column("forward_spread_ms", "Spread", ".3f"), Column("forward_tflops", "TFLOP/s", ".3g")),
+        *(Column("forward_spread_ms", "Spread", ".3f"), Column("forward_tflops", "TFLOP/s", ".4g")),
         *(Column("backward_ms", "Backward ms", ".3f"), Column("backward_spread_ms", "Spread", ".3f")),
-        *(Column("backward_tflops", "TFLOP/s", ".3g"), ERROR, Column("chosen", "Chosen", "")),
+        *(Column("backward_tflops", "TFLOP/s", ".4g"), ERROR, Column("chosen", "Chosen", "")),
     ),
     f"{ABOUT_TIMES} {ABOUT_ERRORS}; the worst of output and gradients.",
     bars={"forward_tflops": "forward, TFLOP/s", "backward_tflops": "backward, TFLOP/s"},

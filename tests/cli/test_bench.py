@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import sys
+import time
 import types
 from datetime import datetime
 
@@ -232,6 +233,18 @@ def test_the_host_command_counts_launches_and_allocations(tmp_path):
 
 
 @pytest.mark.gpu
+def test_a_gpu_is_timed_without_the_host_that_keeps_it_waiting():
+    def run(_):
+        time.sleep(1e-3)
+        x.add_(1)
+
+    x = torch.zeros(1000, device=DEVICE)
+    alone, with_host = (timing.timed(run, DEVICE, 5, alone=alone) for alone in (True, False))
+    alone()  # sees that the host is slower
+    assert alone()["ms"] < 0.5 < with_host()["ms"]
+
+
+@pytest.mark.gpu
 def test_counts_of_launches_and_allocations():
     x = torch.randn(1000, device=DEVICE)
     assert observe.launches(lambda: [x + 1, x * 2], DEVICE) == 2
@@ -352,8 +365,13 @@ def test_rounds_are_in_random_order_and_warmup_does_not_count():
 
 
 def test_inputs_rotate_and_exceed_the_cache(monkeypatch):
-    seen = []
-    visit = timing.timed(seen.append, DEVICE, 3)
+    seen, x = [], torch.zeros(1000, device=DEVICE)
+
+    def run(number):
+        seen.append(number)
+        return x + number
+
+    visit = timing.timed(run, DEVICE, 3)
     for _ in range(2):
         assert visit()["ms"] > 0
     assert seen == list(range(len(seen)))
@@ -361,6 +379,7 @@ def test_inputs_rotate_and_exceed_the_cache(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=60 << 20))
     assert timing.sets_beyond_cache(64 << 20, cuda) == 2
     assert timing.sets_beyond_cache(1 << 20, cuda) == 120
+    assert timing.sets_beyond_cache(1, cuda) == timing.MOST_SETS
     case = layer.Case(SPEC, timing.Protocol(torch.device("cpu"), 1))
     case.step(case.eager, 0)
     case.step(case.eager, 1)
