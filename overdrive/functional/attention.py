@@ -27,7 +27,7 @@ from overdrive.ops.library import constant_result
 
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
-_LARGE = 2**35
+_LARGE = 2**36
 """Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
 
 
@@ -80,7 +80,7 @@ BACKENDS = (
         masks=("none", "causal"),
         dropout=False,
         unequal_dims=False,
-        head_dim_multiple=8,
+        head_dim_multiple=32,  # with others its dQ is wrong
         max_head_dim=256,
         heavy=True,
         package="flash_attn.cute",
@@ -393,8 +393,8 @@ def explain(
     chosen, passed_over = "", {}
     for backend in BACKENDS:
         reason = _refusal(backend, case) or _torch_refusal(backend, query, key, value, mask, causal, dropout)
-        if forced and backend.name != forced:
-            reason = reason or f"{VARIABLE}={forced}"
+        if forced:
+            reason = reason or (f"{VARIABLE}={forced}" if backend.name != forced else "")
         elif chosen:
             reason = reason or f"{chosen} is faster"
         elif backend.heavy and case.size == "small":

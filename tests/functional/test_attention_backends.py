@@ -82,10 +82,10 @@ def test_lengths(causal, sizes, device):
         check(layout, causal, torch.bfloat16, device, queries=queries, keys=keys, groups=groups)
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (24, 24), (72, 72), (96, 96), (160, 160), (192, 128), (64, 128), (128, 64)])
-def test_head_dims(dims, device):
-    for causal, groups in ((False, 4), (True, 2 if dims[0] == dims[1] else 4)):  # unequal ones: not with groups
-        check("sbhd", causal, torch.bfloat16, device, queries=150, dim=dims[0], value_dim=dims[1], groups=groups)
+@pytest.mark.parametrize("dim", [32, 96, 160, 192, 224])
+def test_head_dims(dim, device):
+    for causal, groups in ((False, 4), (True, 2)):
+        check("sbhd", causal, torch.bfloat16, device, queries=150, dim=dim, groups=groups)
 
 
 # --- gradients as one matrix --------------------------------------------------------------------------------------------
@@ -275,6 +275,22 @@ def test_compiles_to_the_same_bits(causal, device):
         assert_same_bits(a, b)
 
 
+@pytest.mark.gpu
+def test_compiled_module_chooses_and_traces_it(device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
+    module = DotProductAttention(4, 64, 2)
+    compiled = torch.compile(module, fullgraph=True)
+    for length in (64, 80, 200):  # the second makes the length symbolic
+        views = draw("sbhd", 2, length, length, 4, 2, 64, 64, torch.bfloat16, device)
+        inputs = [x.permute(2, 0, 1, 3).detach().requires_grad_() for x in views]
+        results = []
+        for call in (compiled, module):
+            out = call(*inputs)
+            results.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+        for a, b in zip(*results):
+            assert_close(a, b.detach().cpu().double(), torch.bfloat16)
+
+
 def test_second_backward_is_refused(device):
     views = draw("sbhd", 2, 8, 8, 4, 4, 64, 64, torch.bfloat16, device)
     out = FlashAttention4.apply(*views, True, 0.1)
@@ -326,7 +342,7 @@ def hopper(monkeypatch):
 
 def test_flash_attn_4_is_chosen_where_it_is_faster(hopper):
     assert hopper() == hopper(mask="none") == hopper(grouped=True) == hopper(head_dim=64, value_dim=64) == "flash-attn-4"
-    for change in ({"size": "small"}, {"dropout": "sixteenths"}, {"mask": "tensor"}, {"head_dim": 100, "value_dim": 100}):
+    for change in ({"size": "small"}, {"dropout": "sixteenths"}, {"mask": "tensor"}, {"head_dim": 72, "value_dim": 72}):
         assert hopper(**change) == "cudnn", change
     assert hopper(dtype=torch.float32) == "efficient"
 
@@ -344,4 +360,4 @@ def test_small_attention_is_explained(device, monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
     assert module.explain(q, k, v).backend == "flash-attn-4"
     monkeypatch.delenv("OVERDRIVE_ATTENTION")
-    assert module.explain(*(x.repeat(128, 1, 1, 1) for x in (q, k, v))).backend == "flash-attn-4"
+    assert module.explain(*(x.repeat(256, 1, 1, 1) for x in (q, k, v))).backend == "flash-attn-4"

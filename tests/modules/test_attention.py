@@ -383,23 +383,6 @@ def test_compiled_code_uses_the_backend_that_was_explained(mask_type, device):
     assert {kernel.split(".")[1] for kernel in kernels if "backward" not in kernel} == {f"_scaled_dot_product_{name}"}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif("flash-attn-4" not in USABLE, reason="needs flash-attn-4")
-def test_compiled_flash_attn_4_equals_eager(device, monkeypatch):
-    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-attn-4")
-    module = DotProductAttention(4, 64, 2)
-    compiled = torch.compile(module, fullgraph=True)
-    for length in (64, 80, 200):
-        inputs = draw(device=device, queries=length, dim=64, groups=2, dtype=torch.bfloat16)
-        for call in (compiled, module):
-            out = call(*inputs)
-            results = (out, *torch.autograd.grad(out, inputs, torch.ones_like(out)))
-            if call is compiled:
-                expected = results
-        for a, b in zip(results, expected):
-            assert_close(a, b.detach().cpu().double(), torch.bfloat16)
-
-
 # --- bad inputs ---------------------------------------------------------------------------------------------------------
 
 
