@@ -34,7 +34,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device) - before
     # The CPU allocator keeps no peak, but reports every allocation to the profiler.
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as p:
         step()
     recorded = p.profiler and p.profiler.kineto_results
     assert recorded, "the profiler has run"
@@ -49,7 +49,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
 def launches(step: Callable[[], object], device: torch.device) -> int:
     """Kernels, copies and fills that one `step` runs on a GPU."""
     torch.cuda.synchronize(device)
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as p:
         step()
         torch.cuda.synchronize(device)
     events: list[Any] = list(p.events() or [])
