@@ -106,3 +106,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
     """Print versions, devices, and what is usable here, ready to paste into a bug report."""
     found = examine()
     typer.echo(json.dumps(found, indent=2) if as_json else to_markdown(found))
+
+
+from overdrive.cli import generate, train  # noqa: E402, F401 (they add their commands to app)
