@@ -6,6 +6,8 @@ Shapes: a [M, K], b [N, K], bias [N], out [M, N]. FP8 operands are quantized dat
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +51,35 @@ def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumul
     return out if late_bias is None else out + late_bias
 
 
+@functools.cache
+def _sms_of_hopper(device: torch.device) -> int:
+    """Multiprocessors of a Hopper GPU, 0 for any other."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
+
+
+def _prefers_own_kernel(a: torch.Tensor, b: torch.Tensor, mode_a: int, mode_b: int) -> bool:
+    """Whether kernels.gemm is faster than cuBLASLt; the bits are the same.
+
+    Measured on an H200 over 81 shapes. One of its waves of 256x128 tiles takes 0.95 of two of cuBLASLt's 128x128, which counts
+    unless many multiprocessors idle in the last wave; launching it takes 63 us. Both with 1x128 scales: 1.01 to 1.04, lost.
+    """
+    if (mode_a, mode_b) != (Mode.BLOCK_1D, Mode.BLOCK_2D):
+        return False
+    sms = _sms_of_hopper(a.device)
+    (m, k), n = a.shape, b.shape[0]
+    if not sms or m * n * k < 5e10:
+        return False
+    rows, cols = -(-m // BLOCK), -(-n // BLOCK)
+    waves = -(-(-(-rows // 2) * cols) // sms)
+    return 0.95 * 2 * waves < -(-rows * cols // sms)
+
+
 def _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b) -> torch.Tensor:
+    if _prefers_own_kernel(a, b, mode_a, mode_b):
+        from overdrive.kernels.gemm import block_gemm  # needs triton, which CPUs do without
+
+        return block_gemm(a, b, scale_a, scale_b, bias, dtype)
     kinds = {Mode.BLOCK_1D: F.ScalingType.BlockWise1x128, Mode.BLOCK_2D: F.ScalingType.BlockWise128x128}
     operands = ((scale_a, mode_a), (scale_b, mode_b))
     # 128x128 scales are handed over transposed: [K/128 padded to 4, rows/128], the first index fastest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import types
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def compiled(monkeypatch):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
-        assert "wgmma" not in kernels[-1].asm["ptx"]
+        assert ("wgmma" in kernels[-1].asm["ptx"]) == (self.__name__ == "_block_gemm")
         return kernels[-1]
 
     monkeypatch.setattr(jit, "run", compile_only)
@@ -163,3 +164,12 @@ def test_begin_step(compiled, algorithm):
     launch("scaling", "begin_step", counter, 1024, tenant)
     launch("scaling", "begin_step", counter, 1024, -1)
     assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(("with_bias", "out", "dtype"), [(True, torch.bfloat16, E4M3), (False, torch.float32, E5M2)])
+def test_block_gemm(compiled, monkeypatch, with_bias, out, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    a, b = torch.ones(48, 400).to(dtype), torch.ones(272, 400).to(E4M3)
+    scale_a, scale_b = torch.ones(4, 48).t(), torch.ones(3, 4)
+    launch("gemm", "block_gemm", a, b, scale_a, scale_b, GAMMA if with_bias else None, out)
+    assert len(compiled) == 1

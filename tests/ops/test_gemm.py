@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from overdrive.ops.gemm import dequantize, gemm
+from overdrive.ops.gemm import _prefers_own_kernel, dequantize, gemm
 from overdrive.ops.quantize import Mode
 from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized
@@ -125,14 +125,75 @@ def test_block_contractions_that_end_within_a_block(mode_a, mode_b, k, device):
     assert_close(gemm(a, b, scale_a, scale_b, None, torch.bfloat16, mode_a, mode_b, False), product(a64, b64), torch.bfloat16)
 
 
+def scaled_blocks(rows: int, cols: int, device: str) -> torch.Tensor:
+    """Each block has its own magnitude."""
+    magnitude = 4.0 ** torch.randint(0, 6, (-(-rows // 128), -(-cols // 128)))
+    magnitude = magnitude.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+    return draw(rows, cols, device=device) * magnitude.to(device)
+
+
+def assert_rows_close(out: torch.Tensor, a64: torch.Tensor, b64: torch.Tensor) -> None:
+    """Each row by itself, or the largest would hide the others."""
+    sizes = a64.norm(dim=1)[:, None] * b64.norm(dim=1)
+    torch.testing.assert_close(out.cpu().double() / sizes, a64 @ b64.t() / sizes, rtol=0, atol=4e-3)  # a wrong scale is 4 times off
+
+
 @pytest.mark.parametrize(("mode_a", "mode_b"), PAIRS[2:])
 def test_every_scale_counts(mode_a, mode_b, device):
-    """A scale that the product reads from the wrong place shows: each block has its own magnitude."""
-    x = draw(304, 640, device=device)
-    magnitude = 4.0 ** torch.randint(0, 6, (3, 5))
-    x = x * magnitude.repeat_interleave(128, 0)[:304].repeat_interleave(128, 1).to(device)
+    """A scale that the product reads from the wrong place shows."""
+    x = scaled_blocks(304, 640, device)
     a, scale_a, a64 = operand(x, mode_a)
     b, scale_b, b64 = operand(x, mode_b)
-    out = gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False).cpu().double()
-    sizes = a64.norm(dim=1)[:, None] * b64.norm(dim=1)  # each row by itself, or the largest would hide the others
-    torch.testing.assert_close(out / sizes, a64 @ b64.t() / sizes, rtol=0, atol=4e-3)  # a wrong scale is 4 times off
+    assert_rows_close(gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False), a64, b64)
+
+
+@pytest.fixture
+def own_kernel(monkeypatch):
+    """On Hopper the kernel of block scales takes every shape that it can, not only those where it is faster."""
+
+    def possible(a, b, mode_a, mode_b):
+        return (mode_a, mode_b) == (Mode.BLOCK_1D, Mode.BLOCK_2D) and torch.cuda.get_device_capability(a.device) == (9, 0)
+
+    monkeypatch.setattr("overdrive.ops.gemm._prefers_own_kernel", possible)
+
+
+# less than a tile, parts of tiles both ways, more tiles than multiprocessors; contractions that end within a block
+OWN_SHAPES = [(16, 16, 16), (16, 144, 128), (256, 128, 512), (304, 48, 1040), (528, 272, 640), (4368, 1168, 144)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", OWN_SHAPES)
+def test_own_kernel(shape, dtype, with_bias, device, own_kernel):
+    m, n, k = shape
+    a, scale_a, a64 = operand(draw(m, k, device=device), Mode.BLOCK_1D)
+    b, scale_b, b64 = operand(draw(n, k, device=device), Mode.BLOCK_2D)
+    bias = draw(n, dtype=dtype, device=device) if with_bias else None
+    out = gemm(a, b, scale_a, scale_b, bias, dtype, Mode.BLOCK_1D, Mode.BLOCK_2D, False)
+    assert out.dtype == dtype
+    assert_close(out, product(a64, b64, bias), torch.float16 if device == "cuda" and dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", OWN_SHAPES)
+def test_own_kernel_reads_every_scale(shape, dtype, device, own_kernel):
+    m, n, k = shape
+    a, scale_a, a64 = operand(scaled_blocks(m, k, device), Mode.BLOCK_1D, dtype)
+    b, scale_b, b64 = operand(scaled_blocks(n, k, device), Mode.BLOCK_2D)
+    assert_rows_close(gemm(a, b, scale_a, scale_b, None, torch.float32, Mode.BLOCK_1D, Mode.BLOCK_2D, False), a64, b64)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "sms", "expected"),
+    [
+        (8192, 12288, 4096, 132, True),
+        (8192, 12288, 4096, 0, False),  # not Hopper
+        (1024, 4096, 4096, 132, False),  # done before a launch is
+        (3072, 6144, 4096, 132, False),  # 4.4 waves, where smaller tiles make 8.7
+    ],
+)
+def test_own_kernel_is_preferred_where_it_wins(m, n, k, sms, expected, monkeypatch):
+    monkeypatch.setattr("overdrive.ops.gemm._sms_of_hopper", lambda device: sms)
+    a, b = torch.empty(m, k, device="meta"), torch.empty(n, k, device="meta")
+    assert _prefers_own_kernel(a, b, Mode.BLOCK_1D, Mode.BLOCK_2D) == expected
+    assert not _prefers_own_kernel(a, b, Mode.BLOCK_1D, Mode.BLOCK_1D)
