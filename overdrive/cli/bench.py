@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -102,6 +103,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (the GPU w
 Seed = Annotated[int, count("Seed of parameters, inputs and order.", low=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all of it as JSON.", callback=check_folder)]
 Plot = Annotated[Path | None, typer.Option(help="Save a chart as PNG.", callback=check_chart)]
+
+
+def protocol_of(device: torch.device, rounds: int | None, seed: int) -> Protocol:
+    """How a command measures on this device."""
+    return Protocol(device, given(rounds, ROUNDS[device.type]), WARMUP[device.type], seed)
 
 
 def distinct(recipes: Sequence[RecipeName] | None) -> list[str]:
@@ -228,7 +234,7 @@ def layer_command(name: str, view: report.View, measure: Measure, usual: PresetN
             raise refusal("--point", f"{point[0]} came without --scale, which takes tokens or hidden.")
         chosen = {name: RECIPES[RecipeName(name)] for name in distinct(recipe)}
         arguments = {**dataclasses.asdict(spec), "recipe": list(chosen), "only": only or []}
-        protocol = Protocol(place, given(rounds, ROUNDS[place.type]), WARMUP[place.type], seed)
+        protocol = protocol_of(place, rounds, seed)
         if not scale:
             carry_out(view, lambda p: measure(spec, p, chosen, only or []), protocol, arguments, json, plot)
             return
@@ -274,7 +280,7 @@ def gemm(
     place, recipes = parse_device(device), built(recipe)
     shapes = [parse_shape(each) for each in shape] if shape else SHAPES[place.type]
     arguments = {"shape": ["x".join(map(str, each)) for each in shapes], "dtype": DTYPES[dtype], "recipe": recipes}
-    protocol = Protocol(place, given(rounds, ROUNDS[place.type]), WARMUP[place.type], seed)
+    protocol = protocol_of(place, rounds, seed)
     carry_out(report.GEMM, lambda p: measure_gemm(shapes, DTYPES[dtype], recipes, p), protocol, arguments, json, plot)
 
 
@@ -302,7 +308,7 @@ def norm(
     if sizes["ffn"] % 2:
         raise refusal("--ffn", f"{sizes['ffn']} came; it takes an even number, of which gated activations take half.")
     arguments = {**sizes, "dtype": DTYPES[dtype], "recipe": recipes, "only": only or []}
-    protocol = Protocol(place, given(rounds, ROUNDS[place.type]), WARMUP[place.type], seed)
+    protocol = protocol_of(place, rounds, seed)
     run = lambda p: bandwidths(**sizes, dtype=DTYPES[dtype], recipes=recipes, protocol=p, only=only or [])  # noqa: E731
     carry_out(report.NORM, run, protocol, arguments, json, plot)
 
@@ -335,5 +341,5 @@ def attention(
     arguments |= {"dropout": dropout, "dtype": DTYPES[dtype], "only": only or []}
     width = heads * head_dim
     spec = Spec(width, 4 * width, heads, sequence, batch, groups, causal=causal, dropout=dropout, dtype=DTYPES[dtype])
-    protocol = Protocol(place, given(rounds, ROUNDS[place.type]), WARMUP[place.type], seed)
+    protocol = protocol_of(place, rounds, seed)
     carry_out(report.ATTENTION, lambda p: measure_attention(spec, p, only or []), protocol, arguments, json, plot)
