@@ -88,7 +88,7 @@ def _direct(overload: Callable[..., Any], kernel: _Kernel) -> Callable[..., Any]
         ):
             return overload(*args)
         outputs = (kernel.function or kernel.load())(*args)
-        if outputs.__class__ is tuple:
+        if isinstance(outputs, tuple):
             nothing = _nothing(args[0].get_device())
             return tuple([nothing if x is None else x for x in outputs])
         return outputs
