@@ -10,6 +10,7 @@ from overdrive.ops import (  # noqa: F401  (define the ops)
     attention,
     gemm,
     norm,
+    norm_gemm,
     qkv,
     quantize,
     residual,
@@ -100,6 +101,10 @@ OTHERS = {
     "attention_backward": [
         lambda: (heads(4)[0], *heads(4, 2, 2), heads(4)[0], torch.ones(2, 4, 10), True, 0.1, []),
         lambda: (heads(4)[0], *heads(4, 2, 2), heads(4)[0], torch.ones(2, 4, 10), False, 0.1, [*PLACES]),
+    ],
+    "norm_gemm": [
+        lambda: (x(), GAMMA, GAMMA, x(), torch.ones(T, dtype=torch.bfloat16), 1e-5, False, False),
+        lambda: (x(kind="stepped"), GAMMA, None, x(kind="transposed"), None, 1e-5, True, True),
     ],
     "begin_step": [
         lambda: (torch.zeros(1, dtype=torch.int32), 1024, -1),
