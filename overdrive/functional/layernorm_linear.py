@@ -20,7 +20,10 @@ from overdrive.functional.linear import Parameters, gradients, read
 from overdrive.functional.node import applied, first_order
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize
 from overdrive.functional.qkv import QKVLayout, output_count, outputs_gradient, outputs_of
+from overdrive.ops.library import constant_result
+from overdrive.ops.norm_gemm import norm_gemm
 from overdrive.scaling.quantizers import Scales
+from overdrive.scaling.support import is_bf16_available
 from overdrive.scaling.tensor import pack, unpack
 
 
@@ -83,6 +86,37 @@ class _LayerNormLinear(torch.autograd.Function):
 _apply = applied(_LayerNormLinear)
 
 
+# us of norm and product in one kernel / in two, bf16, H200, in a CUDA graph (benchmarks/decode.py):
+#     tokens            1            8           16           32
+#      4096 -> 12288    26.9 / 31.2  27.8 / 31.8  29.9 / 31.8  56.7 / 32.3
+#      4096 ->  4096    13.6 / 17.0  14.2 / 16.9  18.3 / 17.4  25.3 / 15.1
+#      8192 -> 10240    42.9 / 50.6  45.6 / 51.8  51.1 / 47.0  107  / 47.6
+# What one kernel loses in some sizes above 8 tokens is little beside the 45 us that it saves the host.
+ONE_KERNEL_TOKENS = 16
+"""Up to so many tokens the norm joins its product in one kernel."""
+ONE_KERNEL_INPUT = 16 * 8192
+"""Elements of the largest input that was measured: its statistics are taken by every program."""
+
+
+@constant_result
+def _one_kernel_runs() -> bool:
+    """Whether the GPU, if there is one, has what that kernel needs: bf16 tensor cores and asynchronous copies."""
+    return is_bf16_available()[0]
+
+
+def _takes_one_kernel(x: torch.Tensor, options: LayerNormLinearOptions) -> bool:
+    """Whether no backward can come, nothing but the product is wanted, and few tokens make reading the weight all that counts."""
+    gemm = options.gemm
+    return (
+        not (gemm.input_grad or gemm.weight_grad or gemm.bias_grad or options.return_norm)
+        and gemm.rules is None
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and 0 < x.numel() <= min(ONE_KERNEL_TOKENS * x.shape[-1], ONE_KERNEL_INPUT)
+        and x.shape[-1] % 16 == 0  # rows whose copies are 16 bytes wide
+        and _one_kernel_runs()
+    )
+
+
 def layernorm_linear(
     x: torch.Tensor,
     gamma: torch.Tensor,
@@ -92,4 +126,10 @@ def layernorm_linear(
     options: LayerNormLinearOptions,
 ) -> tuple[torch.Tensor, ...]:
     """x [..., K] -> (y [..., N] or Q, K and V, norm output [..., K] if asked for, x [..., K] if asked for)."""
+    if _takes_one_kernel(x, options):
+        weight, bias, _ = read(parameters.flat(), options.gemm)
+        norm = options.norm
+        y_TN = norm_gemm(x.reshape(-1, x.shape[-1]), gamma, beta, weight, bias, norm.eps, norm.zero_centered, norm.rms)
+        outputs = outputs_of(y_TN.view(*x.shape[:-1], y_TN.shape[1]), options.qkv)
+        return (*outputs, x) if options.return_residual else outputs
     return _apply(x, gamma, beta, scales.snapshot, scales.slots, options, *parameters.flat())
