@@ -9,14 +9,13 @@ from typing import Annotated
 
 import typer
 
-from overdrive.cli.main import app, count, number, parse_device
+from overdrive import models
+from overdrive.cli.flags import count, number, parse_device
 from overdrive.cli.train import MOST_SEED
-from overdrive.models import generate
 from overdrive.train import CheckpointError, read_model
 
 
-@app.command("generate")
-def command(
+def generate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="What overdrive train saved, such as delayed.pt.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
     tokens: Annotated[int, count("Bytes to write.", low=0)] = 400,
@@ -37,7 +36,7 @@ def command(
     given = prompt.encode("utf-8", "surrogateescape")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several bytes
     sys.stdout.write(decoder.decode(given))
-    for byte in generate(model, given, tokens, temperature, top_p, seed):
+    for byte in models.generate(model, given, tokens, temperature, top_p, seed):
         sys.stdout.write(decoder.decode(bytes([byte])))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")

@@ -1,4 +1,4 @@
-"""The `overdrive` command: quickstart, bench and doctor."""
+"""The `overdrive` command: quickstart, bench, train, generate and doctor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from overdrive.cli import report
 from overdrive.cli.bench import bench
 from overdrive.cli.doctor import examine, to_markdown
 from overdrive.cli.flags import DTYPES, DtypeName, check_chart, count, given, number, parse_device, progress
+from overdrive.cli.generate import generate
 from overdrive.cli.quickstart import PARTS, NotSharedError, Settings, run, stages
 from overdrive.cli.recipes import DEFAULT_RECIPES, RecipeName
+from overdrive.cli.train import train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="FP8 Transformer layers: try, measure, look at this machine.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="FP8 Transformer layers: try, measure and train them.")
 app.add_typer(bench)
+app.command()(train)
+app.command()(generate)
 
 
 class Defaults(NamedTuple):
@@ -106,6 +110,3 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
     """Print versions, devices, and what is usable here, ready to paste into a bug report."""
     found = examine()
     typer.echo(json.dumps(found, indent=2) if as_json else to_markdown(found))
-
-
-from overdrive.cli import generate, train  # noqa: E402, F401 (they add their commands to app)

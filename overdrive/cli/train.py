@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from overdrive.cli.main import app, count, number, parse_device
+from overdrive.cli.flags import choice, count, number, parse_device
 from overdrive.cli.recipes import RECIPES, RecipeName
 from overdrive.cli.training import Chart, View, describe, progress_bar, table
 from overdrive.models import SIZES, ArgumentError, ModelConfig
@@ -81,20 +81,9 @@ def signals() -> Iterator[Callable[[], bool]]:
             signal.signal(kind, handler)
 
 
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """A parser that says what is allowed; typer adds the flag's name."""
-
-    def parse(value: str) -> str:
-        if value not in names:
-            raise typer.BadParameter(f"{value!r} came; it takes {', '.join(names)}.")
-        return value
-
-    return parse
-
-
 def check_recipe(value: str) -> str:
     """A recipe's name; one that cannot run here is refused with the reason."""
-    able, reason = able_to_run(one_of(NAMES)(value))
+    able, reason = able_to_run(choice(*NAMES)(value))
     if not able:
         raise typer.BadParameter(f"{value!r} cannot run here: {reason}.", param_hint="'--recipe'")
     return value
@@ -110,7 +99,6 @@ def decimal(help: str, low: float = 0.0, high: float = 1.0) -> Any:
     return typer.Option(help=help, parser=number(float, low, high), metavar="FLOAT")
 
 
-@app.command()
 def train(
     context: typer.Context,
     texts: Annotated[
@@ -122,11 +110,11 @@ def train(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Train with bf16 and each recipe that runs here.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="GPT-2 or Llama architecture (gpt).", parser=one_of(KINDS), metavar="|".join(KINDS))
+        str | None, typer.Option(help="GPT-2 or Llama architecture (gpt).", parser=choice(*KINDS), metavar="|".join(KINDS))
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Shape, and what suits it (GPU 124M, CPU tiny).", parser=one_of(SIZES), metavar="|".join(SIZES)),
+        typer.Option(help="Shape, and what suits it (GPU 124M, CPU tiny).", parser=choice(*SIZES), metavar="|".join(SIZES)),
     ] = None,
     layers: Annotated[int | None, count("Transformer layers.")] = None,
     hidden: Annotated[int | None, count("Hidden size.")] = None,

@@ -1,7 +1,7 @@
 """Language models over bytes, built from overdrive's layers."""
 
 from overdrive.models.config import SIZES, ArgumentError, ModelConfig
-from overdrive.models.generate import generate
+from overdrive.models.generation import generate
 from overdrive.models.language import GPT, LanguageModel, Llama, build
 
 __all__ = ["GPT", "SIZES", "ArgumentError", "LanguageModel", "Llama", "ModelConfig", "build", "generate"]

@@ -13,6 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from overdrive import models
+from overdrive.cli import train
 from overdrive.cli.main import app
 from overdrive.models.config import KINDS
 from overdrive.train import checkpoint, load, log, loop, save
@@ -71,8 +73,6 @@ def test_recipes_begin_alike_and_differ_by_rounding(finished):
 
 
 def test_compare_trains_with_every_recipe_that_runs_here(text, tmp_path, monkeypatch):
-    from overdrive.cli import train
-
     usable = train.usable
     monkeypatch.setattr(train, "usable", lambda recipe: (False, "no") if recipe.float8_block_scaling() else usable(recipe))
     found = invoke("train", text, *TINY, "--steps", 2, "--compare", "--out", tmp_path / "run")
@@ -92,8 +92,6 @@ def test_the_standard_library_is_the_default_and_every_switch_works(kind, tmp_pa
 
 
 def test_recipes_that_were_not_asked_for_by_name_must_run_here_too(text, tmp_path, monkeypatch):
-    from overdrive.cli import train
-
     monkeypatch.setattr(train, "usable", lambda recipe: (False, "this chip is too old"))
     found = invoke("train", text, *TINY, "--steps", 2, "--out", tmp_path / "run")
     refused(found, "--recipe", "'delayed' cannot run here: this chip is too old")
@@ -288,9 +286,7 @@ def test_generate_writes_the_prompt_and_as_many_bytes_as_asked(finished):
 
 
 def test_generate_streams_whole_characters(finished, monkeypatch):
-    from overdrive.cli import generate
-
-    monkeypatch.setattr(generate, "generate", lambda *_: iter("né€\n".encode() + b"\xff"))
+    monkeypatch.setattr(models, "generate", lambda *_: iter("né€\n".encode() + b"\xff"))
     assert invoke("generate", finished[0] / "run" / "bf16.pt", "--prompt", "ü").output == "üné€\n\ufffd\n"
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import overdrive.pytorch as te
 from overdrive.models import SIZES, ArgumentError, ModelConfig, build, generate
 from overdrive.models.config import KINDS
-from overdrive.models.generate import draw, next_logits
+from overdrive.models.generation import draw, next_logits
 from overdrive.train.loop import deterministic
 from tests.numerics import assert_same_bits
 from tests.train.runs import RECIPES, config
