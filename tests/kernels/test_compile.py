@@ -69,6 +69,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(jit, "run", compile_only)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.launch"), "_held", Forgetful())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's get_device()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "_sm_count", lambda device: 132)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm_gemm"), "_gpu", lambda device: (132, 227 << 10))
     triton.runtime.driver.set_active(Hopper())
@@ -189,6 +190,7 @@ def test_begin_step(compiled, algorithm):
 @pytest.mark.parametrize(("with_bias", "out", "dtype"), [(True, torch.bfloat16, E4M3), (False, torch.float32, E5M2)])
 def test_block_gemm(compiled, monkeypatch, with_bias, out, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     a, b = torch.ones(48, 400).to(dtype), torch.ones(272, 400).to(E4M3)
     scale_a, scale_b = torch.ones(4, 48).t(), torch.ones(3, 4)
     launch("gemm", "block_gemm", a, b, scale_a, scale_b, GAMMA if with_bias else None, out)
