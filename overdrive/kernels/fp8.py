@@ -29,11 +29,12 @@ def scale_from_amax(bits, DTYPE: tl.constexpr, POWER_OF_2: tl.constexpr):
     """ops.quantize.scale_from_amax of an amax given as bits, and its reciprocal."""
     usable = (bits > 0) & (bits < INF_BITS)
     if POWER_OF_2:
-        # 448 = 1.75 * 2**8 and 57344 = 1.75 * 2**15, so the quotient's exponent needs no division; 2**127 is the largest
-        exponent = (269 if DTYPE == tl.float8e5 else 262) - (bits >> 23) - tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
-        exponent = tl.where(usable, tl.minimum(exponent, 254), 127)
-        inverse = tl.where(exponent == 254, 0x400000, (254 - exponent) << 23)
-        return (exponent << 23).to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+        # 448 = 1.75 * 2**8 and 57344 = 1.75 * 2**15: the quotient's exponent falls out of a difference of bits, 2**127 at most
+        quotient: tl.constexpr = (((269 if DTYPE == tl.float8e5 else 262) - 512) << 23) + 0x600000  # less 2**32, to be an i32
+        smallest: tl.constexpr = quotient + (1 << 32) - 0x7F7FFFFF
+        scale = tl.where(usable, (quotient - tl.maximum(bits, smallest)) & -0x800000, 127 << 23)
+        inverse = tl.maximum((254 << 23) - scale, 0x400000)
+        return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
     else:
         scale = tl.div_rn(57344.0 if DTYPE == tl.float8e5 else 448.0, bits.to(tl.float32, bitcast=True))
         scale = tl.where(usable, tl.where(scale > FP32_MAX, FP32_MAX, scale), 1.0)
