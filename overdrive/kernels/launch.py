@@ -46,8 +46,9 @@ def _alignments(args: tuple[Any, ...]) -> tuple[Any, ...]:
 class Launcher:
     """One kernel with its constexprs, which come last among its parameters."""
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...], warps: int) -> None:
-        self.kernel, self.constants, self.warps = kernel, constants, warps
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], warps: int, registers: int | None = None) -> None:
+        """registers: the most that a thread may take."""
+        self.kernel, self.constants, self.options = kernel, constants, {"num_warps": warps, "maxnreg": registers, **_FUSE}
 
     def __call__(self, grid: tuple[int, int, int], device: int, args: tuple[Any, ...], tail: tuple[Any, ...] = ()) -> None:
         """kernel[grid](*args, *tail, *constants) on the device's current stream.
@@ -66,7 +67,7 @@ class Launcher:
         if held is None:
             if len(_held) >= MOST_HELD:
                 _held.clear()
-            _held[tuple(key)] = self.kernel[grid](*args, *tail, *self.constants, num_warps=self.warps, **_FUSE)
+            _held[tuple(key)] = self.kernel[grid](*args, *tail, *self.constants, **self.options)
             return None
         values += [x.data_ptr() if x.__class__ is torch.Tensor else x for x in tail]
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:  # a profiler listens
