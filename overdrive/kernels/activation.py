@@ -1,7 +1,7 @@
 """Activations, forward and backward, as sources of the tile consumer.
 
 Shapes: x [T, F], or gated [T, 2F] with the activated half first; dy [T, F]. Each element is loaded once, also by a gated gradient,
-whose two halves a program writes together.
+whose two halves a program writes together; where scale blocks keep it from that, two programs side by side share the cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The one tile consumer: f32 tiles of any source -> plain or FP8 output, transposed copy, amax and column sums, in one pass.
 
 Shapes: the output is [T, K], Tp = T padded to 16, F = K / HALVES: the gradient of a gated activation comes as two tiles, F columns
-apart. A program owns BT rows and BK columns of each half. For a transposed copy it holds them as four tiles [BT / 4, BK], tile j
-having rows j, j + 4, ...: the bytes of four neighbours down a column lie in one thread, and are transposed as one 32-bit word.
+apart. A program owns BT rows and BK columns of each half, or of one where scale blocks fill its registers. For a transposed copy
+it holds them as four tiles [BT / 4, BK], tile j having rows j, j + 4, ...: the bytes of four neighbours down a column lie in one
+thread, and are transposed as one 32-bit word.
 
 A source is a jit function (args, FLAG, row0, r, cols, T, F) -> tuple of HALVES f32 tiles: rows row0 + r, columns `cols`, zero
 outside of [T, F]; `args` is the tuple that its family's launch hands over.
@@ -17,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overdrive.kernels.fp8 import amax_bits, scale_from_amax, to_fp8, to_words
+from overdrive.kernels.fp8 import scale_from_amax, to_fp8, to_words
 from overdrive.kernels.launch import MOST_HELD, Launcher
 from overdrive.ops.quantize import BLOCK, Mode, Quantization, Quantized, new_quantized, padded
 from overdrive.ops.scaling import arena
@@ -41,7 +42,10 @@ def load_tile(x, stride, row0, r, cols, T, F):
 def store_tile(out, stride, row0, r, col0, c, value, R, C):
     """out[row0 + r, col0 + c] = value, cut to [R, C]."""
     mask = (r < R - row0)[:, None] & (c < C - col0)[None, :]
-    tl.store(out + row0.to(tl.int64) * stride + col0 + (r[:, None] * stride + c[None, :]), value, mask)
+    offsets = r[:, None] * stride + c[None, :]
+    if out.dtype.element_ty.primitive_bitwidth == 8:
+        offsets = tl.max_contiguous(offsets, [1, 8])  # not 16: a thread stores the 8 numbers that it loads as 16 bytes
+    tl.store(out + row0.to(tl.int64) * stride + col0 + offsets, value, mask)
 
 
 @triton.jit
@@ -69,19 +73,48 @@ def _tile_total(tiles, HALF: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _tile_amax(tiles, HALF: tl.constexpr, STEP: tl.constexpr):
-    bits = amax_bits(tiles[0][HALF])
+    amax = tl.abs(tiles[0][HALF])
     for j in tl.static_range(1, STEP):
-        bits = tl.maximum(bits, amax_bits(tiles[j][HALF]))
-    return bits
+        amax = _larger(amax, tl.abs(tiles[j][HALF]))
+    return amax
+
+
+@triton.jit
+def _amax_bits(magnitudes, AXIS: tl.constexpr):
+    """amax_bits along an axis, or of all; magnitudes have no sign to take away."""
+    return tl.reduce(magnitudes, AXIS, _larger).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _dealt(x):
+    """x with its n columns dealt out like cards to eight: column 8 i + k comes to be k n / 8 + i. A thread holds eight neighbours
+    and writes one after the other to shared memory: so dealt, the lanes of a warp write neighbours at a time, to different banks.
+    """
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(x, [R, C // 8, 8]), [0, 2, 1]), [R, C])
+
+
+@triton.jit
+def _dealt_columns(C: tl.constexpr):
+    """Where the columns of `_dealt` were."""
+    i = tl.arange(0, C)
+    return i % (C // 8) * 8 + i // (C // 8)
 
 
 @triton.jit
 def _store_words(qt, tiles, scale, HALF: tl.constexpr, row0, first, end, T16, DTYPE: tl.constexpr):
-    """The transposed copy, four rows to a word."""
-    words = to_words(tiles[0][HALF] * scale, tiles[1][HALF] * scale, tiles[2][HALF] * scale, tiles[3][HALF] * scale, DTYPE)
-    r, c = tl.arange(0, words.shape[0]), tl.arange(0, words.shape[1])
-    store_tile(qt.to(tl.pointer_type(tl.int32)), T16 * 4, first, c, row0 // 4, r, tl.trans(words), end, T16 * 4)
+    """The transposed copy, four rows to a word. scale: a number, or a row of `_dealt` columns."""
+    words = to_words(_dealt(tiles[0][HALF]) * scale, _dealt(tiles[1][HALF]) * scale, _dealt(tiles[2][HALF]) * scale,
+                     _dealt(tiles[3][HALF]) * scale, DTYPE)  # fmt: skip
+    r, columns = tl.arange(0, words.shape[0]), _dealt_columns(words.shape[1])
+    store_tile(qt.to(tl.pointer_type(tl.int32)), T16 * 4, first, columns, row0 // 4, r, tl.trans(words), end, T16 * 4)
 
 
 @triton.jit
@@ -96,34 +129,91 @@ def _store_tensor_scaled(q, qt, tiles, scale, HALF: tl.constexpr, row0, r, first
 
 
 @triton.jit
-def _store_block_1d(q, qt, inv, inv_t, tiles, bits, HALF: tl.constexpr, row0, r, first, c, end, K, T16, POWER_OF_2: tl.constexpr,
+def _store_block_1d(q, qt, inv, inv_t, tiles, amax, HALF: tl.constexpr, row0, r, first, c, end, K, T16, POWER_OF_2: tl.constexpr,
                     ROW: tl.constexpr, COL: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """One scale per 1x128, each way."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     Tp = T16 * 16
     if ROW:
+        inverses = ()
         for j in tl.static_range(STEP):
             value = tiles[j][HALF]
-            scale, scale_inv = scale_from_amax(tl.max(amax_bits(value), 1), DTYPE, POWER_OF_2)
-            tl.store(inv + (first // 128).to(tl.int64) * Tp + (row0 + j) + r, scale_inv, (r + j < Tp - row0) & (first < end))
+            scale, scale_inv = scale_from_amax(_amax_bits(tl.abs(value), 1), DTYPE, POWER_OF_2)
+            inverses = inverses + (scale_inv,)  # noqa: RUF005, Triton does not unpack
             store_tile(q, K, row0 + j, r, first, c, to_fp8(value * scale[:, None], DTYPE), Tp, end)
+        inverse = inverses[0]
+        if STEP == 4:
+            inverse = tl.reshape(tl.join(tl.join(inverse, inverses[2]), tl.join(inverses[1], inverses[3])), [inverse.shape[0] * 4])
+        rows = tl.arange(0, inverse.shape[0])
+        tl.store(inv + (first // 128).to(tl.int64) * Tp + row0 + rows, inverse, (rows < Tp - row0) & (first < end))
     if COL:
-        scale, scale_inv = scale_from_amax(tl.max(bits, 0), DTYPE, POWER_OF_2)
-        tl.store(inv_t + (row0 // 128).to(tl.int64) * K + first + c, scale_inv, (c < end - first) & (row0 < Tp))
+        scale, scale_inv = scale_from_amax(_amax_bits(_dealt(amax), 0), DTYPE, POWER_OF_2)
+        columns = _dealt_columns(c.shape[0])
+        tl.store(inv_t + (row0 // 128).to(tl.int64) * K + first + columns, scale_inv, (columns < end - first) & (row0 < Tp))
         _store_words(qt, tiles, scale[None, :], HALF, row0, first, end, T16, DTYPE)
 
 
 @triton.jit
-def _store_block_2d(q, qt, inv, inv_t, tiles, bits, HALF: tl.constexpr, row0, r, first, c, end, K, T16, POWER_OF_2: tl.constexpr,
+def _store_block_2d(q, qt, inv, inv_t, tiles, amax, HALF: tl.constexpr, row0, r, first, c, end, K, T16, POWER_OF_2: tl.constexpr,
                     ROW: tl.constexpr, COL: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """One scale per 128x128."""
-    scale, scale_inv = scale_from_amax(tl.max(bits), q.dtype.element_ty, POWER_OF_2)
+    scale, scale_inv = scale_from_amax(_amax_bits(amax, None), q.dtype.element_ty, POWER_OF_2)
     rows, cols = tl.cdiv(T16 * 16, 128), tl.cdiv(K, 128)
     if ROW:
         _store_block_scale(inv, scale_inv, row0 // 128, first // 128, rows, cols)
     if COL:
         _store_block_scale(inv_t, scale_inv, first // 128, row0 // 128, cols, rows)
     _store_tensor_scaled(q, qt, tiles, scale, HALF, row0, r, first, c, end, K, T16, ROW, COL, STEP)
+
+
+@triton.jit
+def _store_total(sums, total, first, end):
+    columns = _dealt_columns(total.shape[1])
+    tl.store(sums + first + columns, tl.sum(_dealt(total), 0).to(sums.dtype.element_ty), columns < end - first)
+
+
+@triton.jit
+def _store_strip(args, q, qt, inv, inv_t, scale, amax, sums, band, col0, T, T16, F, SOURCE: tl.constexpr, FLAG: tl.constexpr,
+                 HALVES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, MODE: tl.constexpr, RECORD: tl.constexpr,
+                 POWER_OF_2: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+                 REPEAT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """REPEAT tiles, one below the other, of the halves FROM up to TO."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    STEP: tl.constexpr = 4 if COL else 1
+    K = F * HALVES
+    r, c = tl.arange(0, BT // STEP) * STEP, tl.arange(0, BK)
+    total = tl.zeros([BT // STEP, BK], tl.float32)
+    second_total = tl.zeros([BT // STEP, BK], tl.float32)
+    for i in tl.range(REPEAT, num_stages=STAGES, disable_licm=True):  # offsets taken out of the loop would cost registers
+        row0 = (band * REPEAT + i) * BT
+        tiles = (SOURCE(args, FLAG, row0, r, col0 + c, T, F),)
+        for j in tl.static_range(1, STEP):
+            tiles = tiles + (SOURCE(args, FLAG, row0 + j, r, col0 + c, T, F),)  # noqa: RUF005, Triton does not unpack
+        if sums is not None:
+            total += _tile_total(tiles, FROM, STEP)
+            if TO - FROM == 2:
+                second_total += _tile_total(tiles, 1, STEP)
+        for half in tl.static_range(FROM, TO):
+            first, end = col0 + half * F, (half + 1) * F
+            if RECORD or MODE == BLOCK_1D or MODE == BLOCK_2D:
+                magnitudes = _tile_amax(tiles, half, STEP)
+            if RECORD:
+                tl.atomic_max(amax, _amax_bits(magnitudes, None), sem="relaxed")
+            if MODE == PLAIN:
+                store_tile(q, K, row0, r, first, c, tiles[0][half].to(DTYPE), T, end)
+            elif MODE == DELAYED or MODE == CURRENT:
+                _store_tensor_scaled(q, qt, tiles, scale, half, row0, r, first, c, end, K, T16, ROW, COL, STEP)
+            elif MODE == BLOCK_1D:
+                _store_block_1d(q, qt, inv, inv_t, tiles, magnitudes, half, row0, r, first, c, end, K, T16,
+                                POWER_OF_2, ROW, COL, STEP)  # fmt: skip
+            elif MODE == BLOCK_2D:
+                _store_block_2d(q, qt, inv, inv_t, tiles, magnitudes, half, row0, r, first, c, end, K, T16,
+                                POWER_OF_2, ROW, COL, STEP)  # fmt: skip
+    if sums is not None:
+        sums += band.to(tl.int64) * K
+        _store_total(sums, total, col0 + FROM * F, (FROM + 1) * F)
+        if TO - FROM == 2:
+            _store_total(sums, second_total, col0 + F, K)
 
 
 @triton.jit(do_not_specialize=["T", "T16", "slot", "tenant"])
@@ -135,59 +225,38 @@ def tile_kernel(args, q, qt, inv, inv_t, scales, slots, slot, amax, owner, tenan
 
     amax: i32, the arena's (DELAYED) or [1] (AMAX writes it, CURRENT reads it). owner, sums [programs down, K]: or None.
     """
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    STEP: tl.constexpr = 4 if COL else 1
     RECORD: tl.constexpr = MODE == AMAX or (MODE == DELAYED and owner is not None)
-    K = F * HALVES
+    SPLIT: tl.constexpr = HALVES == 2 and (MODE == BLOCK_1D or MODE == BLOCK_2D)
     pid = tl.program_id(0)
     if MODE == AMAX:
         pid = tl.num_programs(0) - 1 - pid  # ends where the second pass begins: in the cache
-    col_blocks = tl.maximum(tl.cdiv(F, BK), 1)
-    band, col0 = pid // col_blocks, pid % col_blocks * BK
-    r, c = tl.arange(0, BT // STEP) * STEP, tl.arange(0, BK)
+    col_blocks = tl.maximum(tl.cdiv(F, BK), 1) * (2 if SPLIT else 1)
+    band, block = pid // col_blocks, pid % col_blocks
 
     scale = 1.0
     if MODE == DELAYED:
         index = tl.load(slots + slot)
         scale = tl.load(scales + index)
-        tl.store(inv, tl.div_rn(1.0, scale), pid == 0)
+        if pid == 0:
+            tl.store(inv, tl.div_rn(1.0, scale))
+            if RECORD:
+                tl.store(owner + index, tenant)
         if RECORD:
             amax += index
-            tl.store(owner + index, tenant, pid == 0)
     if MODE == CURRENT:
-        scale, scale_inv = scale_from_amax(tl.load(amax), DTYPE, POWER_OF_2)
-        tl.store(inv, scale_inv, pid == 0)
+        scale, scale_inv = scale_from_amax(tl.load(amax), q.dtype.element_ty, POWER_OF_2)
+        if pid == 0:
+            tl.store(inv, scale_inv)
 
-    total = tl.zeros([BT // STEP, BK], tl.float32)
-    second_total = tl.zeros([BT // STEP, BK], tl.float32)
-    for i in tl.range(REPEAT, num_stages=STAGES):
-        row0 = (band * REPEAT + i) * BT
-        tiles = (SOURCE(args, FLAG, row0, r, col0 + c, T, F),)
-        for j in tl.static_range(1, STEP):
-            tiles = tiles + (SOURCE(args, FLAG, row0 + j, r, col0 + c, T, F),)  # noqa: RUF005, Triton does not unpack
-        if sums is not None:
-            total += _tile_total(tiles, 0, STEP)
-            if HALVES == 2:
-                second_total += _tile_total(tiles, 1, STEP)
-        for half in tl.static_range(HALVES):
-            first, end = col0 + half * F, (half + 1) * F
-            if RECORD or MODE == BLOCK_1D or MODE == BLOCK_2D:
-                bits = _tile_amax(tiles, half, STEP)
-            if RECORD:
-                tl.atomic_max(amax, tl.max(bits), sem="relaxed")
-            if MODE == PLAIN:
-                store_tile(q, K, row0, r, first, c, tiles[0][half].to(DTYPE), T, end)
-            elif MODE == DELAYED or MODE == CURRENT:
-                _store_tensor_scaled(q, qt, tiles, scale, half, row0, r, first, c, end, K, T16, ROW, COL, STEP)
-            elif MODE == BLOCK_1D:
-                _store_block_1d(q, qt, inv, inv_t, tiles, bits, half, row0, r, first, c, end, K, T16, POWER_OF_2, ROW, COL, STEP)
-            elif MODE == BLOCK_2D:
-                _store_block_2d(q, qt, inv, inv_t, tiles, bits, half, row0, r, first, c, end, K, T16, POWER_OF_2, ROW, COL, STEP)
-    if sums is not None:
-        sums += band.to(tl.int64) * K + col0
-        tl.store(sums + c, tl.sum(total, 0).to(sums.dtype.element_ty), c < F - col0)
-        if HALVES == 2:
-            tl.store(sums + F + c, tl.sum(second_total, 0).to(sums.dtype.element_ty), c < F - col0)
+    if not SPLIT:
+        _store_strip(args, q, qt, inv, inv_t, scale, amax, sums, band, block * BK, T, T16, F, SOURCE, FLAG, HALVES, 0, HALVES,
+                     MODE, RECORD, POWER_OF_2, ROW, COL, BT, BK, REPEAT, STAGES)  # fmt: skip
+    elif block % 2 == 0:
+        _store_strip(args, q, qt, inv, inv_t, scale, amax, sums, band, block // 2 * BK, T, T16, F, SOURCE, FLAG, HALVES, 0, 1,
+                     MODE, RECORD, POWER_OF_2, ROW, COL, BT, BK, REPEAT, STAGES)  # fmt: skip
+    else:
+        _store_strip(args, q, qt, inv, inv_t, scale, amax, sums, band, block // 2 * BK, T, T16, F, SOURCE, FLAG, HALVES, 1, 2,
+                     MODE, RECORD, POWER_OF_2, ROW, COL, BT, BK, REPEAT, STAGES)  # fmt: skip
 
 
 @triton.jit
@@ -274,7 +343,8 @@ class _Plan:
             repeat *= 2
         stages = 3 if repeat > 1 and height < BLOCK else 1  # the next tiles load meanwhile; those of scale blocks are too large
         self.bands = -(-row_blocks // repeat)
-        self.grid = (self.bands * col_blocks, 1, 1)
+        split = halves if mode in (Mode.BLOCK_1D, Mode.BLOCK_2D) else 1
+        self.grid = (self.bands * col_blocks * split, 1, 1)
         self.sizes = (rows, padded_rows // 16, half)
         shape = (power_of_2, row, col, height, width, repeat, stages)
         self.run = Launcher(tile_kernel, (source, flag, halves, mode, *shape), warps)
