@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.quantize import quantize
-from overdrive.kernels.tile import dense, run_tiles, tile_shape
+from overdrive.kernels.tile import dense, run_tiles
 from overdrive.ops.quantize import Quantization
 
 
@@ -34,19 +34,21 @@ def _place(slot, INTERLEAVED: tl.constexpr, H, G):
 
 @triton.jit
 def _qkv_source(args, FLAG: tl.constexpr, row0, r, cols, T, F):
-    """Source: args (dq, dk, dv, their strides, B, D, H, G). FLAG: 1 if interleaved, + 2 if no tile spans two heads."""
-    dq, dk, dv, q_strides, k_strides, v_strides, B, D, H, G = args
+    """Source: args (dq, dk, dv, their strides, B, H, G). FLAG: 2 D, + 1 if interleaved."""
+    dq, dk, dv, q_strides, k_strides, v_strides, B, H, G = args
+    INTERLEAVED: tl.constexpr = FLAG % 2 == 1
+    D: tl.constexpr = FLAG // 2
     t = row0 + r
     inside = (t < T)[:, None] & (cols < F)[None, :]
-    if FLAG >= 2:  # one source for the tile, so one load
+    if D % cols.shape[0] == 0:  # the tile is of one head, so one load
         slot = tl.min(cols, 0) // D
-        is_q, is_k, head = _place(slot, FLAG % 2 == 1, H, G)
+        is_q, is_k, head = _place(slot, INTERLEAVED, H, G)
         x = tl.where(is_q, dq, tl.where(is_k, dk, dv))
         s0 = tl.where(is_q, q_strides[0], tl.where(is_k, k_strides[0], v_strides[0]))
         s1 = tl.where(is_q, q_strides[1], tl.where(is_k, k_strides[1], v_strides[1]))
         s2 = tl.where(is_q, q_strides[2], tl.where(is_k, k_strides[2], v_strides[2]))
         return (_gather(x, s0, s1, s2, t, B, head, cols - slot * D, inside),)
-    is_q, is_k, head = _place(cols // D, FLAG % 2 == 1, H, G)
+    is_q, is_k, head = _place(cols // D, INTERLEAVED, H, G)
     d = cols % D
     q = _gather(dq, q_strides[0], q_strides[1], q_strides[2], t, B, head, d, inside & is_q[None, :])
     k = _gather(dk, k_strides[0], k_strides[1], k_strides[2], t, B, head, d, inside & is_k[None, :])
@@ -59,12 +61,13 @@ def qkv_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleav
     dq, dk, dv = dense(dq), dense(dk), dense(dv)
     outer, inner, heads, width = dq.shape
     groups = dk.shape[2]
-    args = (dq, dk, dv, *(x.stride()[:3] for x in (dq, dk, dv)), inner, width, heads, groups)
     shape = (outer * inner, (heads + 2 * groups) * width)
     if 0 in shape:  # strides of empty tensors mean nothing
         return quantize(dq.new_empty(shape), bias_grad, *tail)
-    quantization = Quantization(*tail)
-    _, tile_width, _ = tile_shape(quantization.mode, quantization.col, 1)
-    flag = int(interleaved) + (0 if width % tile_width else 2)
-    out, column_sum = run_tiles(_qkv_source, args, flag, dq, shape, quantization, bias_grad=bias_grad)
+    strides = [x.stride()[:3] for x in (dq, dk, dv)]
+    if all(s0 == inner * s1 for s0, s1, _ in strides):  # one stride from token to token: nothing to divide
+        strides, inner = [(s1, 0, s2) for _, s1, s2 in strides], 1
+    args = (dq, dk, dv, *strides, inner, heads, groups)
+    flag = 2 * width + interleaved
+    out, column_sum = run_tiles(_qkv_source, args, flag, dq, shape, Quantization(*tail), bias_grad=bias_grad)
     return (*out, column_sum)

@@ -296,16 +296,37 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tile_shape(mode: int, col: bool, inputs: int) -> tuple[int, int, int]:
-    """(BT, BK, warps) of a program, the best of those measured; inputs: how many tensors the source reads."""
-    if mode == Mode.BLOCK_1D:
-        return 128, 128, 4 if inputs == 2 else 8
+def tile_shape(mode: int, col: bool, inputs: int) -> tuple[int, int, int, int | None]:
+    """(BT, BK, warps, registers) of a program, the best of those measured; inputs: how many tensors the source reads."""
+    if mode == AMAX.value:
+        return 64, 128, 8, None
+    if mode == Mode.BLOCK_1D or (mode == Mode.BLOCK_2D and inputs < 3):
+        return BLOCK, BLOCK, 8, 128
     if mode == Mode.BLOCK_2D:
-        return 128, 128, 16
-    return (64, 64, 4) if col else (32, 128, 4)
+        return BLOCK, BLOCK, 16, 64
+    if col:
+        return (64, 128, 8, 64) if inputs == 1 else (64, 64, 4, None)
+    return 32, 128, 4, None
 
 
-_ENOUGH_PROGRAMS = 2048  # to fill the chip several times over
+def _walk(mode: int, col: bool, inputs: int, bias_grad: bool) -> tuple[int, int]:
+    """(how many tiles a program takes at the most, how many of them are on their way at a time).
+
+    Column sums are best taken of several tiles at once. Scale blocks of several inputs leave no registers for programs that would
+    compute while others load, so there a program loads its next tile itself.
+    """
+    if mode == Mode.BLOCK_2D:
+        return (8, 2) if inputs == 2 else (1, 1)
+    if mode == Mode.BLOCK_1D and inputs > 1:
+        return 8, 2
+    if not bias_grad:
+        return 1, 1
+    if mode == Mode.BLOCK_1D:
+        return 2, 1
+    return (16, 3) if not col else (2, 1) if inputs == 1 else (4, 3)
+
+
+_ENOUGH_PROGRAMS = 2048  # to fill the chip several times over; it holds an eighth as many of the tiles of scale blocks
 _FEW_ROWS = 16  # blocks of rows that one program sums on its way, which saves a launch
 
 
@@ -332,23 +353,26 @@ class _Plan:
         bias_grad: bool,
     ) -> None:
         col = col and mode != Mode.PLAIN
-        height, width, warps = tile_shape(mode, col, inputs)
+        height, width, warps, registers = tile_shape(mode, col, inputs)
         padded_rows, half = padded(rows), cols // halves
         col_blocks, row_blocks = max(-(-half // width), 1), max(-(-padded_rows // height), 1)
-        # column sums are best taken of several tiles at once, as long as enough programs remain
-        repeat, enough = 1, _ENOUGH_PROGRAMS * (4 if col else 1)
+        most, stages = _walk(mode, col, inputs, bias_grad)
+        enough = _ENOUGH_PROGRAMS // 8 if height == BLOCK else _ENOUGH_PROGRAMS
+        repeat = 1
         while bias_grad and repeat < row_blocks <= _FEW_ROWS:
             repeat *= 2
-        while bias_grad and repeat < 16 and row_blocks * col_blocks >= enough * 2 * repeat:
+        while repeat < most and row_blocks * col_blocks >= 2 * repeat * enough:
             repeat *= 2
-        stages = 3 if repeat > 1 and height < BLOCK else 1  # the next tiles load meanwhile; those of scale blocks are too large
         self.bands = -(-row_blocks // repeat)
         split = halves if mode in (Mode.BLOCK_1D, Mode.BLOCK_2D) else 1
         self.grid = (self.bands * col_blocks * split, 1, 1)
         self.sizes = (rows, padded_rows // 16, half)
-        shape = (power_of_2, row, col, height, width, repeat, stages)
-        self.run = Launcher(tile_kernel, (source, flag, halves, mode, *shape), warps)
-        self.collect_amax = Launcher(tile_kernel, (source, flag, halves, AMAX.value, *shape), warps)
+        shape = (power_of_2, row, col, height, width, repeat, stages if repeat > 1 else 1)
+        self.run = Launcher(tile_kernel, (source, flag, halves, mode, *shape), warps, registers)
+        height, width, warps, registers = tile_shape(AMAX.value, False, inputs)
+        self.amax_grid = (max(-(-half // width), 1) * max(-(-rows // height), 1), 1, 1)
+        shape = (power_of_2, row, False, height, width, 1, 1)
+        self.collect_amax = Launcher(tile_kernel, (source, flag, halves, AMAX.value, *shape), warps, registers)
 
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
@@ -397,7 +421,7 @@ def run_tiles(
     elif mode == Mode.CURRENT and amax is None:
         amax = new_amax(like)
         tail = (data, data_t, scale_inv, None, scales, slots, slot, amax, None, tenant, None, *plan.sizes)
-        plan.collect_amax(plan.grid, device, (args,), tail)
+        plan.collect_amax(plan.amax_grid, device, (args,), tail)
     if bias_grad:
         column_sum = like.new_empty(cols)
         sums = column_sum if plan.bands == 1 else like.new_empty((1, plan.bands, cols), dtype=torch.float32)
