@@ -109,11 +109,15 @@ def test_quantized_activation(compiled, name, mode):
         launch("activation", "activation_backward", X[:, :128], X[:, :256], name, 7.0, 1.702, True, *q)
 
 
-@pytest.mark.parametrize("mode", ["plain", "delayed", "block 1d"])
-def test_column_sums_of_many_rows(compiled, monkeypatch, mode):
+@pytest.mark.parametrize("mode", ["plain", "delayed", "block 1d", "block 2d"])
+def test_many_tiles_a_program(compiled, monkeypatch, mode):
+    """In f32 they fill shared memory."""
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.tile"), "_ENOUGH_PROGRAMS", 1)
-    x = torch.ones(512, 272)
-    launch("activation", "activation_backward", x[:, :136], x, "swiglu", 7.0, 1.702, True, *QUANTIZATIONS[mode])
+    x = torch.ones(512, 256)
+    launch("quantize", "quantize", x, True, *QUANTIZATIONS[mode])
+    launch("activation", "activation_backward", x, x, "gelu", 7.0, 1.702, True, *QUANTIZATIONS[mode])
+    launch("activation", "activation_backward", x[:, :128], x, "swiglu", 7.0, 1.702, True, *QUANTIZATIONS[mode])
+    assert max(kernel.metadata.shared for kernel in compiled) <= 227 << 10
 
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)

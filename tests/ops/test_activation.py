@@ -133,7 +133,7 @@ def test_nan_comes_through(name, device):
     assert y.isnan().tolist() == [[False] * 3, [True, False, False]]
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (129, 200), (40, 1040), (0, 48)])
+@pytest.mark.parametrize("shape", [(1, 16), (129, 200), (40, 1040), (300, 384), (0, 48)])
 @pytest.mark.parametrize(("mode", "fp8"), [*itertools.product(MODES, (E4M3, E5M2))])
 @pytest.mark.parametrize("name", ["gelu", "srelu", "swiglu", "glu", "clamped_swiglu"])
 def test_quantized_output_is_the_output_quantized(name, mode, fp8, shape, device):
