@@ -7,6 +7,7 @@ Shapes: a [M, K], b [N, K], bias [N], out [M, N]. FP8 operands are quantized dat
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,16 @@ def _sms_of_hopper(device: torch.device) -> int:
     return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
 
 
+@functools.cache
+def _own_kernel() -> Callable[..., torch.Tensor] | None:
+    """kernels.gemm.block_gemm, None where Triton's experimental Gluon is not as it was when that was written."""
+    try:
+        from overdrive.kernels.gemm import block_gemm
+    except (ImportError, AttributeError):
+        return None
+    return block_gemm
+
+
 def _prefers_own_kernel(a: torch.Tensor, b: torch.Tensor, mode_a: int, mode_b: int) -> bool:
     """Whether kernels.gemm is faster than cuBLASLt; the bits are the same.
 
@@ -76,10 +87,8 @@ def _prefers_own_kernel(a: torch.Tensor, b: torch.Tensor, mode_a: int, mode_b: i
 
 
 def _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b) -> torch.Tensor:
-    if _prefers_own_kernel(a, b, mode_a, mode_b):
-        from overdrive.kernels.gemm import block_gemm  # needs triton, which CPUs do without
-
-        return block_gemm(a, b, scale_a, scale_b, bias, dtype)
+    if _prefers_own_kernel(a, b, mode_a, mode_b) and (own := _own_kernel()) is not None:
+        return own(a, b, scale_a, scale_b, bias, dtype)
     kinds = {Mode.BLOCK_1D: F.ScalingType.BlockWise1x128, Mode.BLOCK_2D: F.ScalingType.BlockWise128x128}
     operands = ((scale_a, mode_a), (scale_b, mode_b))
     # 128x128 scales are handed over transposed: [K/128 padded to 4, rows/128], the first index fastest
