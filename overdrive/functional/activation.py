@@ -8,8 +8,7 @@ import torch
 
 from overdrive.functional.gemm import GemmOptions, calibrate, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
-from overdrive.ops.quantize import Mode, Quantization
-from overdrive.scaling.quantizers import Scales
+from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand
 
 
@@ -30,15 +29,13 @@ class ActivationOptions:
 def activate(h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, scales: Scales) -> Operand:
     """The activation of h [T, F or 2F] as the input [T, F] of `gemm`, quantized by the same kernel where that runs in FP8."""
     rules = gemm.rules
-    arguments = (h, options.name, options.limit, options.alpha)
-    if rules is None or not rules.quantizes:
-        y = activation(*arguments, *Quantization(Mode.PLAIN, h.dtype))[0]
-        if rules is not None:
-            calibrate(y, rules.input, scales)
-        return y
-    outputs = activation(*arguments, *rules.input.arguments(scales, True, gemm.weight_grad))
     shape = (h.shape[0], h.shape[1] // 2 if options.gated else h.shape[1])
-    return rules.input.wrap(outputs, shape, h.dtype, True, gemm.weight_grad)
+    quantizer = rules.input if rules is not None and rules.quantizes else None
+    arguments = (h, options.name, options.limit, options.alpha)
+    y, _ = produce(activation, arguments, quantizer, scales, shape, h.dtype, True, gemm.weight_grad)
+    if rules is not None and isinstance(y, torch.Tensor):
+        calibrate(y, rules.input, scales)
+    return y
 
 
 def activation_gradient(
@@ -47,16 +44,13 @@ def activation_gradient(
     """(gradient of h as the backward products of `gemm`, which made h, read it; its bias gradient). In high precision it takes the
     place of dy, or of a gated h, wherever that is not needed any more.
     """
-    rules = gemm.rules
     arguments = (dy, h, options.name, options.limit, options.alpha, gemm.bias_grad)
-    if rules is None or not rules.quantizes:
-        if torch.compiler.is_compiling() or (options.gated and not releases()):
-            dh, *_, dbias = activation_backward(*arguments, *Quantization(Mode.PLAIN, h.dtype))
-        else:
-            dh = h if options.gated else dy
-            dbias = activation_backward_into(dh, *arguments)
+    rules = gemm.rules
+    quantizer = rules.grad_output if rules is not None and rules.quantizes else None
+    if quantizer is None and not torch.compiler.is_compiling() and (not options.gated or releases()):
+        dh = h if options.gated else dy
+        dbias = activation_backward_into(dh, *arguments)
     else:
-        row, col = gemm.input_grad, gemm.weight_grad
-        *outputs, dbias = activation_backward(*arguments, *rules.grad_output.arguments(scales, row, col))
-        dh = rules.grad_output.wrap(outputs, (h.shape[0], h.shape[1]), h.dtype, row, col)
+        shape, layouts = (h.shape[0], h.shape[1]), (gemm.input_grad, gemm.weight_grad)
+        dh, (dbias,) = produce(activation_backward, arguments, quantizer, scales, shape, h.dtype, *layouts)
     return dh, dbias if gemm.bias_grad else None

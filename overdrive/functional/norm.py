@@ -10,10 +10,9 @@ import torch
 from overdrive.functional.gemm import calibrate
 from overdrive.functional.node import applied, first_order
 from overdrive.ops.norm import norm, norm_backward
-from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.residual import residual_norm
 from overdrive.scaling.float8_tensor import Float8Tensor
-from overdrive.scaling.quantizers import Rules, Scales
+from overdrive.scaling.quantizers import Quantizer, Rules, Scales, produce
 from overdrive.scaling.tensor import Operand
 
 
@@ -38,8 +37,9 @@ def normalize(
     col: bool = False,
 ) -> tuple[Operand, torch.Tensor, torch.Tensor]:
     """(norm of x [T, K] as the next GEMM's input, mean, rstd); quantized by the same kernel where `rules` say so."""
-    *outputs, mean, rstd = norm(x, gamma, beta, *_tail(x, options, rules, scales, col))
-    return _operand(x, outputs, rules, scales, col), mean, rstd
+    arguments = (x, gamma, beta, *_arguments(options))
+    out, (mean, rstd) = produce(norm, arguments, _quantizer(rules), scales, (x.shape[0], x.shape[1]), x.dtype, True, col)
+    return _calibrated(out, rules, scales), mean, rstd
 
 
 def residual_normalize(
@@ -56,24 +56,24 @@ def residual_normalize(
     col: bool,
 ) -> tuple[torch.Tensor, Operand, torch.Tensor, torch.Tensor]:
     """`normalize` of out = residual + dropout_p(x + bias), all [T, K]: (out, its norm, mean, rstd)."""
-    tail = _tail(residual, options, rules, scales, col)
-    out, *outputs, mean, rstd = residual_norm(x, bias, residual, p, seed, gamma, beta, *tail)
-    return out, _operand(out, outputs, rules, scales, col), mean, rstd
+    arguments = (x, bias, residual, p, seed, gamma, beta, *_arguments(options))
+    shape = (residual.shape[0], residual.shape[1])
+    out, (total, mean, rstd) = produce(residual_norm, arguments, _quantizer(rules), scales, shape, residual.dtype, True, col, at=1)
+    return total, _calibrated(out, rules, scales), mean, rstd
 
 
-def _tail(x: torch.Tensor, options: NormOptions, rules: Rules | None, scales: Scales, col: bool) -> tuple[Any, ...]:
-    quantization = Quantization(Mode.PLAIN, x.dtype)
-    if rules is not None and rules.quantizes:
-        quantization = rules.input.arguments(scales, True, col)
-    return (options.eps, options.zero_centered, options.rms, options.forward_sm_margin, *quantization)
+def _arguments(options: NormOptions) -> tuple[Any, ...]:
+    return options.eps, options.zero_centered, options.rms, options.forward_sm_margin
 
 
-def _operand(x: torch.Tensor, outputs: list[torch.Tensor], rules: Rules | None, scales: Scales, col: bool) -> Operand:
-    if rules is not None and rules.quantizes:
-        return rules.input.wrap(outputs, (x.shape[0], x.shape[1]), x.dtype, True, col)
-    if rules is not None:
-        calibrate(outputs[0], rules.input, scales)
-    return outputs[0]
+def _quantizer(rules: Rules | None) -> Quantizer | None:
+    return rules.input if rules is not None and rules.quantizes else None
+
+
+def _calibrated(out: Operand, rules: Rules | None, scales: Scales) -> Operand:
+    if rules is not None and isinstance(out, torch.Tensor):
+        calibrate(out, rules.input, scales)
+    return out
 
 
 def norm_gradient(

@@ -10,8 +10,7 @@ import torch
 from overdrive.functional.attention import split_qkv
 from overdrive.functional.gemm import GemmOptions, grad_operand
 from overdrive.ops.qkv import qkv_gradient
-from overdrive.ops.quantize import Mode, Quantization
-from overdrive.scaling.quantizers import Scales
+from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand
 
 
@@ -79,12 +78,8 @@ def outputs_gradient(
     if whole is not None:
         return grad_operand(whole, options, scales)
     arguments = (dq, dk, dv, layout.interleaved, options.bias_grad)
-    if options.rules is None or not options.rules.quantizes:
-        dy, *_, dbias = qkv_gradient(*arguments, *Quantization(Mode.PLAIN, dq.dtype))
-    else:
-        row, col = options.input_grad, options.weight_grad
-        quantizer = options.rules.grad_output
-        *outputs, dbias = qkv_gradient(*arguments, *quantizer.arguments(scales, row, col))
-        shape = (dq.shape[0] * dq.shape[1], layout.features)
-        dy = quantizer.wrap(outputs, shape, dq.dtype, row, col)
+    rules = options.rules
+    quantizer = rules.grad_output if rules is not None and rules.quantizes else None
+    shape, layouts = (dq.shape[0] * dq.shape[1], layout.features), (options.input_grad, options.weight_grad)
+    dy, (dbias,) = produce(qkv_gradient, arguments, quantizer, scales, shape, dq.dtype, *layouts)
     return dy, dbias if options.bias_grad else None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from overdrive.ops.quantize import PAD, Mode, Quantization, quantize
 from overdrive.ops.scaling import SLOTS_PER_GEMM
 from overdrive.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling, Recipe
-from overdrive.scaling.tensor import QuantizedTensor
+from overdrive.scaling.tensor import Operand, QuantizedTensor
 
 _BLOCK = {1: Mode.BLOCK_1D, 2: Mode.BLOCK_2D}
 
@@ -43,22 +43,39 @@ class Quantizer:
         """The tail of an op's arguments."""
         return Quantization(self.mode, self.dtype, scales.snapshot, scales.slots, self.slot, self.tenant, self.power_of_2, row, col)
 
-    def wrap(
-        self, outputs: Sequence[torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, row: bool, col: bool
-    ) -> QuantizedTensor:
-        """The Quantized that an op returned, as a tensor of `shape` that stands for values of `dtype`."""
-        data, data_t, scale_inv, scale_inv_t = outputs
-        if self.mode.per_tensor:
-            scale_inv_t = scale_inv
-        return QuantizedTensor(data if row else None, data_t if col else None, scale_inv, scale_inv_t, self.mode, shape, dtype)
-
     def __call__(
         self, x: torch.Tensor, scales: Scales, row: bool = True, col: bool = False, bias_grad: bool = False
     ) -> tuple[QuantizedTensor, torch.Tensor | None]:
         """Quantize x [T, K]; with bias_grad also its sum over T."""
-        *outputs, column_sum = quantize(x, bias_grad, *self.arguments(scales, row, col))
-        quantized = self.wrap(outputs, (x.shape[0], x.shape[1]), x.dtype, row, col)
+        quantized, (column_sum,) = produce(quantize, (x, bias_grad), self, scales, (x.shape[0], x.shape[1]), x.dtype, row, col)
+        assert isinstance(quantized, QuantizedTensor)
         return quantized, column_sum if bias_grad else None
+
+
+def produce(
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    quantizer: Quantizer | None,
+    scales: Scales,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    row: bool = True,
+    col: bool = False,
+    at: int = 0,
+) -> tuple[Operand, tuple[torch.Tensor, ...]]:
+    """Run an op with a QUANTIZATION tail: (its output of `shape`, quantized where there is a quantizer; its other outputs).
+
+    dtype: of the output, or what its quantized values stand for. row, col: which layouts. at: where among the op's outputs the Quantized begins.
+    """
+    if quantizer is None:
+        outputs = op(*arguments, *Quantization(Mode.PLAIN, dtype))
+        return outputs[at], outputs[:at] + outputs[at + 4 :]
+    outputs = op(*arguments, *quantizer.arguments(scales, row, col))
+    data, data_t, scale_inv, scale_inv_t = outputs[at : at + 4]
+    if quantizer.mode.per_tensor:
+        scale_inv_t = scale_inv
+    layouts = (data if row else None, data_t if col else None)
+    return QuantizedTensor(*layouts, scale_inv, scale_inv_t, quantizer.mode, shape, dtype), outputs[:at] + outputs[at + 4 :]
 
 
 @dataclass
