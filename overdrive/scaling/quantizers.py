@@ -65,7 +65,8 @@ def produce(
 ) -> tuple[Operand, tuple[torch.Tensor, ...]]:
     """Run an op with a QUANTIZATION tail: (its output of `shape`, quantized where there is a quantizer; its other outputs).
 
-    dtype: of the output, or what its quantized values stand for. row, col: which layouts. at: where among the op's outputs the Quantized begins.
+    dtype: of the output, or what its quantized values stand for. row, col: which layouts. at: where among the op's outputs the
+    Quantized begins.
     """
     if quantizer is None:
         outputs = op(*arguments, *Quantization(Mode.PLAIN, dtype))
