@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ class ArgumentError(ValueError):
 
 @dataclass
 class ModelConfig:
-    """A byte-level model. ArgumentError for sizes that do not fit together.
+    """A language model, over bytes unless told otherwise. ArgumentError for sizes that do not fit together.
 
     kind: "gpt" (LayerNorm, gelu, biases, learned positions; GPT-2) or "llama" (RMSNorm, SwiGLU, rotary positions, no biases;
     arXiv:2307.09288). heads: of queries; groups: of keys and values, as many as heads for None (arXiv:2305.13245). ffn: hidden size
     of the MLP; None is 4 x hidden, and 8/3 x hidden rounded up to a multiple of 128 for a Llama, whose MLP has three weights.
-    context: the most tokens seen at once. tied: the head is the transposed embedding.
+    context: the most tokens seen at once. tied: the head is the transposed embedding. vocabulary: how many tokens there are.
+    epsilon: of every norm. rotary_base: of a Llama's rotary positions.
     """
 
     kind: str = "gpt"
@@ -36,13 +38,16 @@ class ModelConfig:
     context: int = 128
     dropout: float = 0.0
     tied: bool = True
+    vocabulary: int = BYTES
+    epsilon: float = 1e-5
+    rotary_base: float = 10000.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ArgumentError("kind", f"{self.kind!r} is not a kind of model; there are {', '.join(KINDS)}.")
         if self.groups is None:
             self.groups = self.heads
-        for name in ("layers", "hidden", "heads", "groups", "context"):
+        for name in ("layers", "hidden", "heads", "groups", "context", "vocabulary"):
             self._check_size(name)
         if self.ffn is None:
             self.ffn = 4 * self.hidden if self.kind == "gpt" else -(-8 * self.hidden // (3 * 128)) * 128
@@ -56,6 +61,9 @@ class ModelConfig:
             raise ArgumentError("heads", f"{self.heads} heads have {channels} channels each; rotary positions need an even number.")
         if not 0 <= self.dropout <= 1:
             raise ArgumentError("dropout", f"{self.dropout!r} is not a probability; it takes a number from 0 to 1.")
+        for name in ("epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ArgumentError(name, f"{getattr(self, name)!r} came; it takes a number above 0.")
 
     def _check_size(self, name: str) -> None:
         value: Any = getattr(self, name)

@@ -1,6 +1,7 @@
-"""A GPT-2 and a Llama over bytes, of `TransformerLayer`s.
+"""A GPT-2 and a Llama, of `TransformerLayer`s.
 
-Shapes: B sequences, S tokens each, 256 bytes. Under an `autocast` the layers run in FP8; embedding, last norm and head never do.
+Shapes: B sequences, S tokens each, a vocabulary of V (by default 256, the bytes). Under an `autocast` the layers run in FP8;
+embedding, last norm and head never do.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import overdrive.pytorch as te
-from overdrive.models.config import BYTES, ModelConfig
+from overdrive.models.config import ModelConfig
 from overdrive.modules.checks import default_device
 
 STD = 0.02
 
 
 class LanguageModel(nn.Module):
-    """Tokens [B, S] -> logits [B, S, 256]; the next token of each position is what they predict.
+    """Tokens [B, S] -> logits [B, S, V]; the next token of each position is what they predict.
 
     Weights ~ N(0, 0.02), those that end a residual branch smaller by sqrt(2 layers) (GPT-2). device: the GPU where there is one.
     """
@@ -32,13 +33,14 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         options: dict[str, Any] = {"params_dtype": dtype, "device": default_device(device)}
-        self.embedding = nn.Parameter(self._normal((BYTES, config.hidden), **options))
+        self.embedding = nn.Parameter(self._normal((config.vocabulary, config.hidden), **options))
         self.layers = nn.ModuleList(
             te.TransformerLayer(
                 config.hidden,
                 config.ffn or 0,
                 config.heads,
                 config.groups,
+                layernorm_epsilon=config.epsilon,
                 hidden_dropout=config.dropout,
                 attention_dropout=config.dropout,
                 init_method=partial(nn.init.normal_, std=STD),
@@ -53,8 +55,8 @@ class LanguageModel(nn.Module):
             )
             for number in range(1, config.layers + 1)
         )
-        self.norm = self._norm(config.hidden, **options)
-        self.head = self.embedding if config.tied else nn.Parameter(self._normal((BYTES, config.hidden), **options))
+        self.norm = self._norm(config.hidden, eps=config.epsilon, **options)
+        self.head = self.embedding if config.tied else nn.Parameter(self._normal((config.vocabulary, config.hidden), **options))
 
     @staticmethod
     def _normal(shape: tuple[int, ...], params_dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,7 +106,7 @@ class Llama(LanguageModel):
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(config, device, dtype)
-        angles = te.RotaryPositionEmbedding(config.hidden // config.heads)(config.context)
+        angles = te.RotaryPositionEmbedding(config.hidden // config.heads, rotary_base=config.rotary_base)(config.context)
         self.register_buffer("rotary", angles.to(self.embedding.device), persistent=False)
 
     def _positions(self, length: int) -> dict[str, Tensor]:
