@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overdrive.functional.attention_mask import Mask, MaskKind, score_mask
+from overdrive.functional.attention_mask import Mask, MaskKind, places, score_mask
 from overdrive.functional.node import applied, first_order
+from overdrive.functional.packing import Packing
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
 from overdrive.ops.library import constant_result
 
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
+_ALL = (*_HALF, torch.float32, torch.float64)
+_BIASES = ("none", "constant", "gradient")
 _LARGE = 2**36
 """Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
 
@@ -35,7 +38,7 @@ class Case(NamedTuple):
     """What the choice of a backend depends on.
 
     mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the
-    host is what one waits for, else "large".
+    host is what one waits for, else "large". bias: "none", "constant" or "gradient". offset, max_logit: as in Scores.
     """
 
     device: str
@@ -46,12 +49,16 @@ class Case(NamedTuple):
     value_dim: int
     grouped: bool
     size: str
+    bias: str = "none"
+    offset: bool = False
+    max_logit: bool = False
 
 
 class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
     sdpa: which of torch's it is; package: or what must be installed for it. heavy: it takes more host time than others.
+    scores: whether it takes a softmax offset and gives the largest logit.
     """
 
     name: str
@@ -68,6 +75,8 @@ class Backend(NamedTuple):
     grouped: bool = True
     heavy: bool = False
     package: str | None = None
+    biases: tuple[str, ...] = ("none",)
+    scores: bool = False
 
 
 BACKENDS = (
@@ -101,13 +110,15 @@ BACKENDS = (
         "cpu",
         SDPBackend.FLASH_ATTENTION,
         ("cpu",),
-        dtypes=(*_HALF, torch.float32, torch.float64),
+        dtypes=_ALL,
         dropout=False,
         unequal_dims=False,
+        biases=("none", "constant"),
     ),
-    Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=(*_HALF, torch.float32, torch.float64)),
+    Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES),
+    Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, scores=True),
 )
-"""Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; math, plain PyTorch, takes all."""
+"""Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; the reference takes all."""
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 _SDPA = {backend.name: backend.sdpa for backend in BACKENDS if backend.sdpa is not None}
@@ -154,6 +165,10 @@ def _refusal(backend: Backend, case: Case) -> str:
         return f"takes {', '.join(map(str, backend.dtypes))}, not {case.dtype}"
     if case.mask not in backend.masks:
         return "takes no mask tensor"
+    if case.bias not in backend.biases:
+        return "takes no bias" if len(backend.biases) == 1 else "gives no gradient for the bias"
+    if (case.offset or case.max_logit) and not backend.scores:
+        return "has the vanilla softmax only" if case.offset else "does not give the largest logit"
     if case.dropout != "none" and not backend.dropout:
         return "has no dropout"
     if case.dropout == "any" and backend.coarse_dropout and _capability()[0] in backend.coarse_dropout:
@@ -168,7 +183,10 @@ def _refusal(backend: Backend, case: Case) -> str:
 
 
 class Route(NamedTuple):
-    """Backends for a case, best first. repeat: the best takes no groups, so K and V heads are repeated for it."""
+    """Backends for a case, best first: those of torch's, which has the last word, or one.
+
+    repeat: the best takes no groups, so K and V heads are repeated for it.
+    """
 
     names: tuple[str, ...]
     repeat: bool = False
@@ -189,6 +207,7 @@ def _chosen(forced: str, case: Case) -> Route:
     else:
         fitting = (backend for backend in BACKENDS if case.size == "large" or not backend.heavy)
         names = tuple(backend.name for backend in fitting if not _refusal(backend, case))
+        names = tuple(name for name in names if name in _SDPA) if names[0] in _SDPA else names[:1]
     return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
 
 
@@ -247,13 +266,54 @@ class FlashAttention4(torch.autograd.Function):
 _flash_attention_4 = applied(FlashAttention4)
 
 
-def _case(query, key, value, mask, causal, dropout) -> tuple:
+class Scores(NamedTuple):
+    """What becomes of the scores besides scale and mask.
+
+    bias [1 or B, 1 or H, 1 or S, T], added to Q K^T before it is scaled (pre_scale) or after. slopes f32 [H] or [B, H]: how much
+    ALiBi takes off per step between a query's place and a key's. offset [H]: the logit of one more key, whose value is zero (0:
+    softmax off by one). max_logit: also give each head's largest score.
+    """
+
+    bias: torch.Tensor | None = None
+    pre_scale: bool = False
+    slopes: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    max_logit: bool = False
+
+
+def default_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:
+    """f32 [heads]: 2^(-8 / n), its square, and so on for n heads, n a power of two; heads beyond that take the odd powers of its
+    root (Press et al., arXiv:2108.12409).
+    """
+    whole = 2 ** (heads.bit_length() - 1)
+    powers = [-8 * i / whole for i in range(1, whole + 1)]
+    powers += [-4 * i / whole for i in range(1, 2 * (heads - whole), 2)]
+    return torch.tensor(powers, device=device).exp2()
+
+
+def _bias(scores: Scores, kind: MaskKind, mask: Mask, query: torch.Tensor, keys: int, scale: float | None) -> torch.Tensor | None:
+    """What `scores` adds to the scaled scores, [1 or B, 1 or H, 1 or S, T]."""
+    if scores.slopes is not None:
+        rows, columns = places(kind, mask, query.shape[2], keys, query.device)
+        slopes = scores.slopes.view(-1, query.shape[1], 1, 1)  # of every batch element or of each
+        return -slopes * (rows - columns).abs()
+    if scores.bias is None or not scores.pre_scale:
+        return scores.bias
+    return scores.bias * (query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _case(query, key, value, mask, causal, dropout, *scores) -> Any:
     kind = "tensor" if mask is not None else "causal" if causal else "none"
     drops = "none" if dropout == 0 else "any" if dropout * 16 % 1 else "sixteenths"
     batch, heads, queries, dim = query.shape
     _, groups, keys, value_dim = value.shape
     size = "large" if batch * heads * queries * keys * dim >= _LARGE else "small"
-    return query.device.type, query.dtype, kind, drops, dim, value_dim, heads != groups, size
+    return query.device.type, query.dtype, kind, drops, dim, value_dim, heads != groups, size, *scores
+
+
+def _scores_case(scores: Scores, bias: torch.Tensor | None) -> tuple[str, bool, bool]:
+    kind = "none" if bias is None else "gradient" if bias.requires_grad and torch.is_grad_enabled() else "constant"
+    return kind, scores.offset is not None, scores.max_logit
 
 
 def attention(
@@ -275,9 +335,66 @@ def attention(
     names, repeat = (("math",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
     if names[0] == "flash-attn-4":
         return _flash_attention_4(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
+    if names[0] == "reference":
+        return reference_attention(query, key, value, mask, causal, dropout, scale)[0]
     if repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return _sdpa(names, query, key, value, mask, causal, dropout, scale)
+
+
+def scored_attention(
+    query, key, value, mask, causal: bool, dropout: float, scale: float | None, scores: Scores, bias: torch.Tensor | None, dead
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(what `attention` gives with `bias` [1 or B, 1 or H, 1 or S, T] added to the scaled scores, each head's largest or None)."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    case = _case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias))
+    names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
+    if names[0] == "reference":
+        return reference_attention(query, key, value, mask, causal, dropout, scale, bias, scores.offset, scores.max_logit, dead)
+    if repeat:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return _sdpa(names, query, key, value, _biased(bias, mask, causal, query, key), False, dropout, scale), None
+
+
+def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query, key) -> torch.Tensor | None:
+    """bias and mask as the one tensor [.., .., S, T] of Q's dtype that torch adds to the scores."""
+    if causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if bias is None:
+        return mask
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -torch.inf)
+    return bias.expand(-1, -1, query.shape[2], -1).to(query.dtype)
+
+
+def reference_attention(
+    query, key, value, mask=None, causal=False, dropout=0.0, scale=None, bias=None, offset=None, max_logit=False, dead=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as it is defined, in plain PyTorch and f32 (f64 of f64): whatever no backend takes.
+
+    dead: rows that count for nothing in each head's largest score, which is -inf where there is none.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = (x.to(dtype).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.to(dtype) @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        mask = _biased(None, mask, causal, query, key)
+        if bias is not None:
+            logits = logits + bias
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        largest = None
+        if max_logit:
+            counted = logits.detach() if dead is None else logits.detach().masked_fill(dead, -torch.inf)
+            lowest = counted.new_full((1, counted.shape[1], 1, 1), -torch.inf)
+            largest = torch.cat([counted.transpose(0, 1).flatten(1), lowest.view(-1, 1)], 1).amax(1).float()
+        if offset is not None:
+            sink = offset.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            probabilities = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        else:
+            probabilities = logits.softmax(-1)
+        out = F.dropout(probabilities, dropout) @ value
+    return out.to(query.dtype), largest
 
 
 def dot_product_attention(
@@ -289,17 +406,47 @@ def dot_product_attention(
     batch_first: bool,
     dropout: float = 0.0,
     scale: float | None = None,
-) -> torch.Tensor:
+    scores: Scores | None = None,
+) -> Any:
     """Attention of [S, B, H, D], or [B, S, H, D] if batch_first, to [S, B, H * E] or [B, S, H * E].
 
-    attention_mask: bool, True = masked out, as `kind` reads it. A query that may attend to nothing gives zeros.
+    attention_mask: bool, True = masked out, as `kind` reads it. A query that may attend to nothing gives zeros. With
+    scores.max_logit the result is (that, f32 [H]).
     """
     query, key, value, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first)
     back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-    out = attention(query, key, value, mask, causal, dropout, scale).permute(back)
+    largest = None
+    if scores is None:
+        out = attention(query, key, value, mask, causal, dropout, scale)
+    else:
+        bias = _bias(scores, kind, attention_mask, query, key.shape[2], scale)
+        out, largest = scored_attention(query, key, value, mask, causal, dropout, scale, scores, bias, dead)
+    out = out.permute(back)
     if dead is not None:  # where, as masked_fill copies first
         out = torch.where(dead.permute(back), 0.0, out)
-    return out.flatten(2)
+    return out.flatten(2) if largest is None else (out.flatten(2), largest)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing_q: Packing,
+    packing_kv: Packing,
+    kind: MaskKind,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    scores: Scores | None = None,
+) -> Any:
+    """dot_product_attention within each sequence of [N, H, D], [M, G, D], [M, G, E] -> [N, H * E]; tokens of none give zeros."""
+    out = dot_product_attention(*padded_arguments(query, key, value, packing_q, packing_kv, kind, dropout, scale, scores))
+    return (packing_q.pack(out[0]), out[1]) if isinstance(out, tuple) else packing_q.pack(out)
+
+
+def padded_arguments(query, key, value, packing_q: Packing, packing_kv: Packing, kind: MaskKind, *rest: Any) -> tuple[Any, ...]:
+    """What packed_attention asks of dot_product_attention."""
+    masks = (packing_q.padded, packing_kv.padded)
+    return packing_q.pad(query), packing_kv.pad(key), packing_kv.pad(value), masks, kind, True, *rest
 
 
 def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):
@@ -383,10 +530,16 @@ def explain(
     kind: MaskKind,
     batch_first: bool,
     dropout: float = 0.0,
+    scale: float | None = None,
+    scores: Scores | None = None,
 ) -> Decision:
     """The Decision that `dot_product_attention` takes for the same arguments; print it."""
     query, key, value, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first)
-    case = Case(*_case(query, key, value, mask, causal, dropout))
+    bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
+    rest = () if scores is None else _scores_case(scores, bias)
+    case = Case(*_case(query, key, value, mask, causal, dropout, *rest))
+    if bias is not None:
+        mask, causal = _biased(bias, mask, causal, query, key), False
     forced = os.environ.get(VARIABLE, "")
     if _chosen(forced, case).repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

@@ -13,14 +13,17 @@ Mask = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
 class MaskKind(NamedTuple):
-    """padding, arbitrary: the caller's tensor counts. causal: no key after its query, where the first query and the first key stand
-    side by side, or (bottom_right) the last two.
+    """padding, arbitrary: the caller's tensor counts. causal: no key after its query. left, right: no key further than that before
+    or after its query, -1 = however far. Query i stands beside key i or (bottom_right) the last query beside the last key; with
+    padding the last ones are the last that are no padding.
     """
 
     padding: bool = False
     causal: bool = False
-    bottom_right: bool = False
+    bottom_right: bool = True
     arbitrary: bool = False
+    left: int = -1
+    right: int = -1
 
     @property
     def takes_mask(self) -> bool:
@@ -31,12 +34,12 @@ class MaskKind(NamedTuple):
 MASK_KINDS = {
     "no_mask": MaskKind(),
     "padding": MaskKind(padding=True),
-    "causal": MaskKind(causal=True),
-    "padding_causal": MaskKind(padding=True, causal=True),
-    "padding,causal": MaskKind(padding=True, causal=True),
-    "causal,padding": MaskKind(padding=True, causal=True),
-    "causal_bottom_right": MaskKind(causal=True, bottom_right=True),
-    "padding_causal_bottom_right": MaskKind(padding=True, causal=True, bottom_right=True),
+    "causal": MaskKind(causal=True, bottom_right=False),
+    "padding_causal": MaskKind(padding=True, causal=True, bottom_right=False),
+    "padding,causal": MaskKind(padding=True, causal=True, bottom_right=False),
+    "causal,padding": MaskKind(padding=True, causal=True, bottom_right=False),
+    "causal_bottom_right": MaskKind(causal=True),
+    "padding_causal_bottom_right": MaskKind(padding=True, causal=True),
     "arbitrary": MaskKind(arbitrary=True),
 }
 
@@ -48,16 +51,38 @@ def check_mask(kind: MaskKind, mask: Mask, batch: int, heads: int, queries: int,
         want = "a bool tensor" if kind.arbitrary else "a bool tensor (or a pair of them, for queries and for keys)"
         raise ValueError(f"attention_mask must be {want} with padding and arbitrary masks, got {mask!r}; True = masked out")
     for part, length in zip(pair, (queries, keys)):
-        assert part is not None
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(f"attention_mask must be bool tensors (True = masked out), got {type(part).__name__}")
         if part.dtype != torch.bool:
             raise TypeError(f"attention_mask must be bool (True = masked out), got {part.dtype}; convert it, e.g. mask.bool()")
         allowed = ((batch,), (1,), (1,), (length,)) if kind.padding else ((batch, 1), (heads, 1), (queries, 1), (keys,))
         if part.dim() != 4 or any(size not in sizes for size, sizes in zip(part.shape, allowed)):
             shape = "[batch, 1, 1, sequence]" if kind.padding else "[batch or 1, heads or 1, queries or 1, keys]"
+            pair_hint = (
+                "" if kind.arbitrary or isinstance(mask, tuple) or queries == keys else "; give a pair, for queries and keys"
+            )
             raise ValueError(
                 f"attention_mask must be {shape} with batch {batch}, heads {heads}, {queries} queries and {keys} keys, "
-                f"got {list(part.shape)}"
+                f"got {list(part.shape)}{pair_hint}"
             )
+
+
+def diagonal(kind: MaskKind, mask: Mask, queries: int, keys: int) -> int | torch.Tensor:
+    """How many keys to the right of its own index a query stands; with padding int64 [B, 1, 1, 1]."""
+    if not kind.bottom_right:
+        return 0
+    if not kind.padding:
+        return keys - queries
+    if not isinstance(mask, tuple):  # as many queries as keys in each sequence
+        return 0
+    lengths = [part.logical_not().sum(-1, keepdim=True) for part in mask]
+    return lengths[1] - lengths[0]
+
+
+def places(kind: MaskKind, mask: Mask, queries: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where queries stand, [B or 1, 1, S, 1], and keys, [T], on one axis."""
+    rows = torch.arange(queries, device=device)[None, None, :, None] + diagonal(kind, mask, queries, keys)
+    return rows, torch.arange(keys, device=device)
 
 
 def score_mask(
@@ -68,13 +93,18 @@ def score_mask(
     causal: the kernel's own square causal mask says it all. dead [B or 1, H or 1, S or 1, 1]: True where a query is padding or may
     attend to nothing. Such a row attends to everything in the score mask, so that no softmax is empty; its output is to be zeroed.
     """
-    if not kind.takes_mask and (not kind.causal or queries == keys):
+    windowed = kind.left >= 0 or kind.right >= 0
+    if not kind.takes_mask and not windowed and (not kind.causal or queries == keys):
         return None, kind.causal, None
     padded, hidden = mask if isinstance(mask, tuple) else (mask, mask)
-    if kind.causal:
-        diagonal = keys - queries if kind.bottom_right else 0
-        later = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).triu(diagonal + 1)
-        hidden = later if not kind.padding or hidden is None else hidden | later
+    if not kind.takes_mask:
+        hidden = None
+    if kind.causal or windowed:
+        rows, columns = places(kind, mask, queries, keys, device)
+        right = 0 if kind.causal else kind.right
+        for beyond in (columns > rows + right if right >= 0 else None, columns < rows - kind.left if kind.left >= 0 else None):
+            if beyond is not None:
+                hidden = beyond if hidden is None else hidden | beyond
     assert hidden is not None
     dead = hidden.all(-1, keepdim=True)
     allowed = ~hidden | dead

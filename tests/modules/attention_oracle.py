@@ -20,6 +20,69 @@ def attend(q, k, v, hidden=None, scale=None) -> torch.Tensor:
     return scores @ v
 
 
+def slopes(heads: int) -> list[float]:
+    """ALiBi's: 2^(-8 i / n) for the first n heads, n the power of two below, then the odd ones of twice as many heads."""
+    n = 1
+    while n * 2 <= heads:
+        n *= 2
+    return [2 ** (-8 * (i + 1) / n) for i in range(n)] + [2 ** (-8 * (i + 1) / (2 * n)) for i in range(0, 2 * n, 2)][: heads - n]
+
+
+def one_sequence(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window=(-1, -1),
+    bottom_right=False,
+    hidden=None,
+    bias=None,
+    pre=False,
+    alibi=None,
+    offset=None,
+    scale=None,
+):
+    """One sequence without padding, row by row: q [S, H, D], k [T, G, D], v [T, G, E] -> ([S, H, E], largest score of each head).
+
+    window: keys seen to the left and right, -1 = all. bias, hidden (True = masked out) [H, S, T]; alibi: slope of each head;
+    offset: each head's logit of a key whose value is zero.
+    """
+    queries, heads, keys = q.shape[0], q.shape[1], k.shape[0]
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    shift = keys - queries if bottom_right else 0
+    rows, largest = [], [-math.inf] * heads
+    for row in range(queries):
+        for head in range(heads):
+            group = head * k.shape[1] // heads
+            seen = [
+                col
+                for col in range(keys)
+                if not (causal and col > row + shift)
+                and not (window[0] >= 0 and col < row + shift - window[0])
+                and not (window[1] >= 0 and col > row + shift + window[1])
+                and not (hidden is not None and hidden[head, row, col])
+            ]
+            if not seen:
+                rows.append(q.new_zeros(v.shape[2]))
+                continue
+            logits = k[seen, group] @ q[row, head]
+            if bias is not None and pre:
+                logits = logits + bias[head, row, seen]
+            logits = logits * scale
+            if bias is not None and not pre:
+                logits = logits + bias[head, row, seen]
+            if alibi is not None:
+                logits = logits - alibi[head] * torch.tensor([abs(row + shift - col) for col in seen], dtype=q.dtype)
+            largest[head] = max(largest[head], logits.max().item())
+            weights = (logits - logits.max().detach()).exp()
+            total = weights.sum()
+            if offset is not None:
+                total = total + (offset[head] - logits.max().detach()).exp()
+            rows.append(weights / total @ v[seen, group])
+    return torch.stack(rows).view(queries, heads, v.shape[2]) if rows else q.new_zeros(0, heads, v.shape[2]), largest
+
+
 def hidden_by(mask_type: str, mask, queries: int, keys: int) -> torch.Tensor | None:
     """What a mask type hides, [B or 1, 1, S, T]."""
     row, col = torch.arange(queries)[:, None], torch.arange(keys)

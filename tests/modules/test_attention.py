@@ -393,15 +393,16 @@ def test_compiled_code_uses_the_backend_that_was_explained(mask_type, device):
         ({"num_gqa_groups": 0}, ValueError, "num_gqa_groups must be at least 1"),
         ({"kv_channels": 0}, ValueError, "kv_channels must be at least 1"),
         ({"attn_mask_type": "diagonal"}, ValueError, "attn_mask_type must be one of 'no_mask'.*got 'diagonal'"),
-        ({"qkv_format": "bhsd"}, ValueError, "qkv_format must be one of 'sbhd', 'bshd'; got 'bhsd'"),
-        ({"qkv_format": "thd"}, NotImplementedError, "qkv_format='thd'"),
+        ({"qkv_format": "bhsd"}, ValueError, "qkv_format must be one of 'sbhd', 'bshd', 'thd'; got 'bhsd'"),
         ({"attention_dropout": 1.5}, ValueError, "attention_dropout must be a probability"),
         ({"attention_dropout": -0.1}, ValueError, "attention_dropout must be a probability"),
-        ({"window_size": (128, 0)}, NotImplementedError, "window_size="),
-        ({"window_size": (-1, 0), "attn_mask_type": "no_mask"}, NotImplementedError, "window_size="),
-        ({"softmax_type": "learnable"}, NotImplementedError, "softmax_type='learnable'"),
-        ({"return_max_logit": True}, NotImplementedError, "return_max_logit"),
-        ({"attention_type": "cross"}, NotImplementedError, "attention_type='cross'"),
+        ({"window_size": (128, 1)}, ValueError, r"window_size=\(128, 1\) looks ahead, which attn_mask_type='causal' forbids"),
+        ({"window_size": (-1, 0), "attn_mask_type": "no_mask"}, ValueError, r"window_size=\(-1, 0\) means a causal mask"),
+        ({"window_size": 128}, ValueError, "window_size must be a pair .*got 128"),
+        ({"window_size": (4,)}, ValueError, "window_size must be a pair"),
+        ({"window_size": (4.0, 0)}, ValueError, "window_size must be a pair"),
+        ({"window_size": (-2, 0)}, ValueError, "window_size must be a pair"),
+        ({"softmax_type": "off_by_one"}, ValueError, "softmax_type must be one of 'vanilla', 'off-by-one', 'learnable'"),
         ({"attention_type": "other"}, ValueError, "attention_type must be one of"),
         ({"tp_size": 2}, NotImplementedError, "tp_size=2"),
         ({"sequence_parallel": True}, NotImplementedError, "sequence_parallel"),
@@ -417,17 +418,9 @@ def test_bad_constructor_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cu_seqlens_q": torch.zeros(2)}, "cu_seqlens_q"),
-        ({"max_seqlen_kv": 7}, "max_seqlen_kv=7"),
-        ({"core_attention_bias_type": "alibi"}, "core_attention_bias_type='alibi'"),
-        ({"core_attention_bias": torch.zeros(2)}, "core_attention_bias"),
-        ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes"),
         ({"inference_params": object()}, "inference_params"),
-        ({"pad_between_seqs": True}, "pad_between_seqs"),
         ({"fp8_output": True}, "fp8_output"),
         ({"num_splits": 2}, "num_splits=2"),
-        ({"window_size": (4, 4)}, "window_size"),
-        ({"qkv_format": "thd"}, "qkv_format='thd'"),
     ],
 )
 def test_what_is_not_built_yet_is_named(arguments, message):
@@ -454,6 +447,90 @@ def test_what_is_not_built_yet_is_named(arguments, message):
 def test_bad_masks(mask, mask_type, error, message):
     with pytest.raises(error, match=message):
         DotProductAttention(4, 8, attn_mask_type=mask_type)(*draw(), mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"window_size": (4, 4)}, ValueError, "window_size=.* forbids"),
+        ({"core_attention_bias_type": "bias"}, ValueError, "core_attention_bias_type must be one of 'no_bias'"),
+        ({"core_attention_bias_type": "post_scale_bias"}, ValueError, "core_attention_bias must be given with"),
+        ({"core_attention_bias": torch.zeros(1, 4, 7, 7)}, ValueError, "core_attention_bias must be given with"),
+        (
+            {"core_attention_bias_type": "pre_scale_bias", "core_attention_bias": torch.zeros(3, 4, 7, 7)},
+            ValueError,
+            r"core_attention_bias must be \[1 or 2, 1 or 4 heads, 1 or 7 queries, 7 keys\], got \[3, 4, 7, 7\]",
+        ),
+        (
+            {"core_attention_bias_type": "pre_scale_bias", "core_attention_bias": torch.zeros(1, 4, 7, 7, dtype=torch.int32)},
+            TypeError,
+            "core_attention_bias must be a floating-point tensor on cpu, got torch.int32",
+        ),
+        ({"alibi_slopes": torch.zeros(4)}, ValueError, "alibi_slopes need core_attention_bias_type='alibi'"),
+        (
+            {"core_attention_bias_type": "alibi", "alibi_slopes": torch.zeros(2)},
+            ValueError,
+            r"alibi_slopes must be \[4 heads\] or \[2, 4 heads\], got \[2\]",
+        ),
+        ({"max_seqlen_kv": 8}, ValueError, "max_seqlen_kv must be the sequence length 7"),
+        ({"pad_between_seqs": True}, ValueError, "pad_between_seqs need qkv_format='thd'"),
+        ({"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32)}, ValueError, "must be given both or neither"),
+        (
+            {"attn_mask_type": "padding", "cu_seqlens_q": [0, 1], "cu_seqlens_kv": [0, 1]},
+            TypeError,
+            "cu_seqlens_q must be an int32",
+        ),
+        ({"qkv_format": "thd"}, ValueError, r"query_layer must be \[t, 4 heads, 8 channels\], as qkv_format is 'thd'"),
+    ],
+)
+def test_bad_calls(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DotProductAttention(4, 8)(*draw(), **arguments)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cu_seqlens_q": None}, ValueError, "cu_seqlens_q and cu_seqlens_kv must be given with qkv_format='thd'"),
+        ({"cu_seqlens_kv": None}, ValueError, "cu_seqlens_q and cu_seqlens_kv must be given with qkv_format='thd'"),
+        ({"cu_seqlens_q": offsets(0, 5, 3)}, ValueError, r"cu_seqlens_q must start at 0 and never fall.*\[0, 5, 3\]"),
+        ({"cu_seqlens_kv": offsets(1, 3, 7)}, ValueError, "cu_seqlens_kv must start at 0"),
+        ({"cu_seqlens_q": offsets(0, 3, 7).long()}, TypeError, "cu_seqlens_q must be an int32 tensor .*torch.int64"),
+        ({"cu_seqlens_kv": offsets(0, 3, 7).float()}, TypeError, "cu_seqlens_kv must be an int32 tensor .*torch.float32"),
+        ({"cu_seqlens_q": offsets(0, 3, 8)}, ValueError, "cu_seqlens_q ends at 8, but there are 7 tokens"),
+        ({"cu_seqlens_kv": offsets(0, 7)}, ValueError, r"cu_seqlens_kv must be \[2 \+ 1\]"),
+        ({"cu_seqlens_q": offsets(0)}, ValueError, r"cu_seqlens_q must be \[batch \+ 1\]"),
+        ({"cu_seqlens_q": offsets(0, 3, 7)[None]}, ValueError, r"cu_seqlens_q must be \[batch \+ 1\].*\[1, 3\]"),
+        ({"max_seqlen_q": 3}, ValueError, "cu_seqlens_q has a sequence of 4 tokens, more than max_seqlen_q=3"),
+        ({"max_seqlen_kv": 4.0}, ValueError, "max_seqlen_kv must be an int of at least 1, got 4.0"),
+        ({"max_seqlen_kv": 0}, ValueError, "max_seqlen_kv must be an int of at least 1, got 0"),
+        ({"pad_between_seqs": True}, ValueError, "pad_between_seqs=True needs cu_seqlens_q_padded and cu_seqlens_kv_padded"),
+        ({"cu_seqlens_q_padded": offsets(0, 2, 7)}, ValueError, r"cu_seqlens_q_padded=\[0, 2, 7\] leaves some sequence less room"),
+        ({"cu_seqlens_q_padded": offsets(0, 4, 8)}, ValueError, "cu_seqlens_q_padded ends at 8, but there are 7 tokens"),
+        ({"cu_seqlens_kv_padded": offsets(0, 7)}, ValueError, r"cu_seqlens_kv_padded must be \[2 \+ 1\]"),
+        ({"attn_mask_type": "arbitrary"}, ValueError, "attn_mask_type='arbitrary' cannot say anything of qkv_format='thd'"),
+        ({"attention_mask": torch.zeros(2, 1, 1, 4, dtype=torch.bool)}, ValueError, "attention_mask .*qkv_format='thd'"),
+    ],
+)
+def test_bad_packings(arguments, error, message):
+    q, k, v = (torch.randn(7, 4, 8) for _ in range(3))
+    call = {"cu_seqlens_q": offsets(0, 3, 7), "cu_seqlens_kv": offsets(0, 3, 7), **arguments}
+    with pytest.raises(error, match=message):
+        DotProductAttention(4, 8, qkv_format="thd", attn_mask_type="padding")(q, k, v, **call)
+
+
+def test_offsets_changed_in_place_are_read_again(device):
+    q, k, v = (torch.randn(7, 4, 8, device=device) for _ in range(3))
+    bounds = offsets(0, 3, 7).to(device)
+    module = DotProductAttention(4, 8, qkv_format="thd")
+    module(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    bounds[1] = 8
+    with pytest.raises(ValueError, match="never fall"):
+        module(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
 
 
 def test_mismatched_inputs():

@@ -156,5 +156,3 @@ def test_bad_inputs():
         module(x, rotary_pos_emb=torch.zeros(1))
     with pytest.raises(NotImplementedError, match="encoder_output"):
         module(x, encoder_output=x)
-    with pytest.raises(NotImplementedError, match="core_attention_bias_type='alibi'"):
-        module(x, core_attention_bias_type="alibi")

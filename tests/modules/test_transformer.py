@@ -356,7 +356,6 @@ def test_fused_and_split_parameters_hold_the_same_layer(device):
         ({"ub_tp_comm_overlap": True}, NotImplementedError, "ub_tp_comm_overlap"),
         ({"tp_group": object()}, NotImplementedError, "tp_group"),
         ({"qk_norm_type": "rms"}, ValueError, "qk_norm_type must be one of"),
-        ({"softmax_type": "off-by-one"}, NotImplementedError, "softmax_type"),
         ({"layernorm_epsilon": 0.0}, ValueError, "eps must be"),
     ],
 )

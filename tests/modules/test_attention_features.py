@@ -1,0 +1,278 @@
+"""DotProductAttention's features with each other: every pair of values of any two, values and gradients against float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from overdrive.modules.attention import DotProductAttention
+from tests.modules import attention_oracle as oracle
+from tests.numerics import assert_close, relative_error
+
+FEATURES = {
+    "layout": ("sbhd", "bshd", "thd", "thd padded"),
+    "mask": (
+        "no_mask",
+        "causal",
+        "causal_bottom_right",
+        "padding",
+        "padding_causal",
+        "padding,causal",
+        "padding_causal_bottom_right",
+        "arbitrary",
+    ),
+    "window": (None, (2, 0), (2, 1), (3, -1), (-1, 1), (0, 0)),
+    "bottom_right": (None, True, False),
+    "bias": ("no_bias", "pre_scale_bias", "post_scale_bias", "shared bias", "frozen bias", "alibi", "slopes", "batch slopes"),
+    "softmax": ("vanilla", "off-by-one", "learnable"),
+    "groups": (4, 2, 1),
+    "dims": ((8, 8), (5, 3), (16, 24)),
+    "sizes": ((7, 7), (5, 9), (9, 5)),
+    "lengths from": ("mask", "cu_seqlens"),
+    "said": ("module", "call"),
+    "max_logit": (False, True),
+    "checkpoint": (False, True),
+    "scale": (None, 0.3),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+}
+BATCH, HEADS = 3, 4
+
+
+def impossible(case: dict) -> bool:
+    """What has no meaning, even where only some features are chosen yet."""
+    mask, window = case.get("mask", ""), case.get("window")
+    if mask == "arbitrary" and case.get("layout", "").startswith("thd"):
+        return True
+    return "causal" in mask and window is not None and window[1] > 0
+
+
+def covering(features: dict, seed: int = 0) -> list[dict]:
+    """Cases in which every possible pair of values of any two features meets, greedily few."""
+    draw, names = random.Random(seed), list(features)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x in features[a]
+        for y in features[b]
+        if not impossible({a: x, b: y})
+    }
+    cases = []
+    while missing:
+        first, second = min(missing, key=repr)
+        case = dict([first, second])
+        for name in draw.sample(names, len(names)):
+            if name not in case:
+                options = [value for value in features[name] if not impossible({**case, name: value})]
+                case[name] = max(options, key=lambda value: sum(covers({**case, name: value}, names, missing)))
+        case = {name: case[name] for name in names}
+        missing -= set(itertools.combinations(case.items(), 2))
+        cases.append(case)
+    return cases
+
+
+def covers(case: dict, names: list[str], missing: set):
+    known = [(name, case[name]) for name in names if name in case]
+    return (pair in missing for pair in itertools.combinations(known, 2))
+
+
+CASES = covering(FEATURES)
+
+
+def test_every_pair_is_covered():
+    met = {frozenset(pair) for case in CASES for pair in itertools.combinations(case.items(), 2)}
+    for (a, xs), (b, ys) in itertools.combinations(FEATURES.items(), 2):
+        for x, y in itertools.product(xs, ys):
+            assert impossible({a: x, b: y}) or frozenset(((a, x), (b, y))) in met
+
+
+class Trial:
+    """Random inputs of one case, what the oracle makes of them and what the module does."""
+
+    def __init__(self, case: dict, device: str) -> None:
+        self.case, self.device = case, device
+        self.packed = case["layout"].startswith("thd")
+        self.padding = "padding" in case["mask"] or self.packed
+        queries, keys = case["sizes"]
+        self.queries, self.keys = queries, keys
+        self.lengths = (
+            [(queries, keys - 2), (queries // 2, keys), (0 if queries == keys else 3, 0 if queries == keys else 4)]
+            if self.padding
+            else [(queries, keys)] * BATCH
+        )
+        if self.padding and queries == keys:
+            self.lengths = [(queries, keys), (queries // 2, keys // 2), (0, 0)]
+        self.arbitrary = torch.rand(BATCH, 1, queries, keys) < 0.4
+        self.arbitrary[0, 0, 1] = True  # a query that sees nothing
+        self._draw_bias()
+        (dim, value_dim), groups = case["dims"], case["groups"]
+        shapes = ((queries, HEADS, dim), (keys, groups, dim), (keys, groups, value_dim))
+        self.padded = [torch.randn(BATCH, *shape).to(case["dtype"]) for shape in shapes]  # [B, L, heads, channels]
+        self.offset = torch.randn(HEADS) if case["softmax"] == "learnable" else torch.zeros(HEADS)
+        self.dout = torch.randn(BATCH, queries, HEADS * value_dim).to(case["dtype"])
+
+    def _draw_bias(self) -> None:
+        kind, (queries, keys) = self.case["bias"], (self.queries, self.keys)
+        self.bias, self.slopes = None, None
+        if kind.endswith("bias") and kind != "no_bias":
+            lead = {"shared bias": (1, 1), "frozen bias": (1, HEADS)}.get(kind, (BATCH, HEADS))
+            self.bias = torch.randn(*lead, queries, keys)
+        elif kind.endswith("slopes"):
+            self.slopes = torch.rand(*((BATCH,) if kind == "batch slopes" else ()), HEADS)
+
+    def places(self, side: int) -> list[torch.Tensor]:
+        """Where each sequence's tokens lie among the packed ones; a token of no sequence at the end."""
+        gap = 2 if self.case["layout"] == "thd padded" else 0
+        starts = [0, *itertools.accumulate(pair[side] + gap for pair in self.lengths)]
+        return [torch.arange(start, start + pair[side]) for start, pair in zip(starts, self.lengths)]
+
+    def arranged(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """[B, L, ...] in the case's layout."""
+        if not self.packed:
+            return x.transpose(0, 1).contiguous() if self.case["layout"] == "sbhd" else x.clone()
+        gap = 2 if self.case["layout"] == "thd padded" else 0
+        total = sum(pair[side] + gap for pair in self.lengths) + gap
+        out = torch.randn(total, *x.shape[2:]).to(x.dtype)  # what lies between sequences counts for nothing
+        for b, where in enumerate(self.places(side)):
+            out[where] = x[b, : len(where)]
+        return out
+
+    def gathered(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """The case's layout -> [B, L, ...], zeros where there is no token."""
+        if not self.packed:
+            return x.transpose(0, 1) if self.case["layout"] == "sbhd" else x
+        out = x.new_zeros(BATCH, (self.queries, self.keys)[side], *x.shape[1:])
+        for b, where in enumerate(self.places(side)):
+            out[b, : len(where)] = x[where.to(x.device)]
+        return out
+
+    def expected(self):
+        """Output [B, S, H * E], largest scores and gradients in float64."""
+        case = self.case
+        leaves = [x.double().requires_grad_() for x in self.padded]
+        bias = None if self.bias is None else self.bias.double().requires_grad_()
+        offset = self.offset.double().requires_grad_()
+        bottom_right = case["bottom_right"]
+        if bottom_right is None:
+            bottom_right = case["mask"] not in ("causal", "padding_causal", "padding,causal")
+        outs, largest = [], [-math.inf] * HEADS
+        for b, (queries, keys) in enumerate(self.lengths):
+            alibi = oracle.slopes(HEADS) if case["bias"] == "alibi" else None
+            if self.slopes is not None:
+                alibi = self.slopes.double().expand(BATCH, HEADS)[b]
+            out, most = oracle.one_sequence(
+                leaves[0][b, :queries],
+                leaves[1][b, :keys],
+                leaves[2][b, :keys],
+                causal="causal" in case["mask"],
+                window=case["window"] or (-1, -1),
+                bottom_right=bottom_right,
+                hidden=self.arbitrary[b].expand(HEADS, -1, -1) if case["mask"] == "arbitrary" else None,
+                bias=None if bias is None else bias.expand(BATCH, HEADS, -1, -1)[b],
+                pre=case["bias"] == "pre_scale_bias",
+                alibi=alibi,
+                offset=None if case["softmax"] == "vanilla" else offset,
+                scale=case["scale"],
+            )
+            largest = [max(pair) for pair in zip(largest, most)]
+            outs.append(torch.nn.functional.pad(out.flatten(1), (0, 0, 0, self.queries - queries)))
+        out = torch.stack(outs)
+        wanted = [*leaves, *([] if bias is None else [bias]), *([offset] if case["softmax"] == "learnable" else [])]
+        live = torch.arange(self.queries) < torch.tensor([queries for queries, _ in self.lengths])[:, None]
+        gradients = torch.autograd.grad(out, wanted, self.dout.double() * live[..., None], materialize_grads=True)
+        return out, largest, gradients
+
+    def arguments(self) -> tuple[dict, dict]:
+        """What the module is built with, and what the call says."""
+        case, bias = self.case, self.case["bias"]
+        said = {"qkv_format": case["layout"].split()[0], "attn_mask_type": case["mask"], "window_size": case["window"]}
+        said["bottom_right_diagonal"] = case["bottom_right"]
+        fixed = {"softmax_scale": case["scale"], "softmax_type": case["softmax"], "return_max_logit": case["max_logit"]}
+        fixed["attention_type"] = "self" if self.queries == self.keys else "cross"
+        call: dict = {"checkpoint_core_attention": case["checkpoint"]}
+        if bias != "no_bias":
+            kind = {"shared bias": "post_scale_bias", "frozen bias": "post_scale_bias"}.get(bias, bias)
+            call["core_attention_bias_type"] = "alibi" if "slopes" in bias else kind
+        if self.slopes is not None:
+            call["alibi_slopes"] = self.slopes.to(self.device)
+        offsets = [
+            torch.tensor([0, *itertools.accumulate(pair[side] for pair in self.lengths)], dtype=torch.int32, device=self.device)
+            for side in (0, 1)
+        ]
+        if self.packed:
+            call["cu_seqlens_q"], call["cu_seqlens_kv"] = offsets
+            if case["lengths from"] == "mask":  # whose longest sequence is then what the tensors say
+                longest = [max(pair[side] for pair in self.lengths) for side in (0, 1)]
+                assert longest == [self.queries, self.keys]
+            else:
+                call["max_seqlen_q"], call["max_seqlen_kv"] = self.queries, self.keys
+            if case["layout"] == "thd padded":
+                call["pad_between_seqs"] = True
+                for name, offset in zip(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), offsets):
+                    call[name] = offset + 2 * torch.arange(BATCH + 1, dtype=torch.int32, device=self.device)
+        elif self.padding and case["lengths from"] == "cu_seqlens":
+            call["cu_seqlens_q"], call["cu_seqlens_kv"] = offsets
+        elif self.padding:
+            masks = [
+                (torch.arange(length) >= torch.tensor([pair[side] for pair in self.lengths])[:, None])[:, None, None].to(
+                    self.device
+                )
+                for side, length in ((0, self.queries), (1, self.keys))
+            ]
+            call["attention_mask"] = masks[0] if self.queries == self.keys else tuple(masks)
+        elif case["mask"] == "arbitrary":
+            call["attention_mask"] = self.arbitrary.to(self.device)
+        if case["said"] == "call":
+            return fixed, {**said, **call}
+        return {**said, **fixed}, call
+
+    def module(self, **fixed) -> DotProductAttention:
+        module = DotProductAttention(HEADS, self.case["dims"], self.case["groups"], **fixed).to(self.device)
+        if self.case["softmax"] == "learnable":
+            with torch.no_grad():
+                module.softmax_offset.copy_(self.offset)
+        return module
+
+    def check(self) -> None:
+        fixed, call = self.arguments()
+        module, dtype = self.module(**fixed), self.case["dtype"]
+        inputs = [self.arranged(x, min(side, 1)).to(self.device).requires_grad_() for side, x in enumerate(self.padded)]
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.to(self.device).requires_grad_(self.case["bias"] != "frozen bias")
+            call["core_attention_bias"] = bias
+        out = module(*inputs, **call)
+        largest = None
+        if self.case["max_logit"]:
+            out, largest = out
+        dout = self.arranged(self.dout, 0).to(self.device)
+        learned = [] if self.case["softmax"] != "learnable" else [module.softmax_offset]
+        wanted = [*inputs, *([bias] if bias is not None and bias.requires_grad else []), *learned]
+        gradients = torch.autograd.grad(out, wanted, dout)
+
+        expected, most, exact = self.expected()
+        if self.case["bias"] == "frozen bias":
+            exact = [*exact[:3], *exact[4:]]
+        depth = 4
+        assert_close(self.gathered(out, 0), expected, dtype, what="out", depth=depth)
+        if self.packed:
+            assert torch.count_nonzero(out) == torch.count_nonzero(self.gathered(out, 0))  # zeros between the sequences
+        for index, (name, actual, want) in enumerate(zip(("dq", "dk", "dv", "dbias or doffset", "doffset"), gradients, exact)):
+            if index < 3:
+                actual = self.gathered(actual, min(index, 1))
+            assert_close(actual, want, dtype, what=name, depth=depth)
+        if largest is not None:
+            assert largest.dtype == torch.float32
+            assert not largest.requires_grad
+            assert relative_error(largest, torch.tensor(most)) < 1e-5
+        decision = module.explain(*inputs, **{name: value for name, value in call.items() if name != "checkpoint_core_attention"})
+        assert decision.backend not in decision.passed_over
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_pairs(case, device):
+    torch.manual_seed(0)
+    Trial(case, device).check()
