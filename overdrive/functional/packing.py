@@ -29,6 +29,9 @@ class Lengths(NamedTuple):
     pad_between_seqs: bool | None = None
 
 
+NOTHING_SAID = Lengths()
+
+
 class Packing(NamedTuple):
     """places [B * L]: the packed token at each place of the padded batch; inverse [N]: the place of each token; -1 = none.
 

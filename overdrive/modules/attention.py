@@ -19,7 +19,7 @@ from overdrive.functional.attention import (
 )
 from overdrive.functional.attention import explain as explain_attention
 from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask
-from overdrive.functional.packing import Lengths, packings, padding_masks
+from overdrive.functional.packing import NOTHING_SAID, Lengths, packings, padding_masks
 from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse, refuse_parallelism
 
@@ -159,6 +159,7 @@ class DotProductAttention(torch.nn.Module):
             offset = torch.zeros(num_attention_heads, device=default_device(None)) if softmax_type == "off-by-one" else None
             self.register_buffer("softmax_offset", offset, persistent=False)
         self.return_max_logit = bool(return_max_logit)
+        self._plain_softmax = softmax_type == "vanilla" and not return_max_logit
         self.softmax_scale = self.head_dims[0] ** -0.5 if softmax_scale is None else float(softmax_scale)
         self.layer_number = layer_number
         self._rng_fork = None if get_rng_state_tracker is None else get_rng_state_tracker().fork
@@ -212,20 +213,17 @@ class DotProductAttention(torch.nn.Module):
         if inference_params is not None or fp8_output or num_splits != 1:
             unsupported = {"fp8_output": (fp8_output, False), "num_splits": (num_splits, 1)}
             refuse(self._label, {"inference_params": (inference_params, None), **unsupported}, LATER)
+        lengths = NOTHING_SAID
+        said = cu_seqlens_q is not None or cu_seqlens_kv is not None or max_seqlen_q is not None or max_seqlen_kv is not None
+        if said or cu_seqlens_q_padded is not None or cu_seqlens_kv_padded is not None or pad_between_seqs is not None:
+            padded = (cu_seqlens_q_padded, cu_seqlens_kv_padded)
+            lengths = Lengths(cu_seqlens_q, cu_seqlens_kv, *padded, max_seqlen_q, max_seqlen_kv, pad_between_seqs)
         attend, arguments = self._call(
             query_layer,
             key_layer,
             value_layer,
             attention_mask,
-            Lengths(
-                cu_seqlens_q,
-                cu_seqlens_kv,
-                cu_seqlens_q_padded,
-                cu_seqlens_kv_padded,
-                max_seqlen_q,
-                max_seqlen_kv,
-                pad_between_seqs,
-            ),
+            lengths,
             qkv_format,
             attn_mask_type,
             window_size,
@@ -272,7 +270,7 @@ class DotProductAttention(torch.nn.Module):
         else:
             batch_dim, length_dim = (1, 0) if layout == "sbhd" else (0, 1)
             batch, queries, keys = query.shape[batch_dim], query.shape[length_dim], key.shape[length_dim]
-            if any(x is not None for x in lengths):
+            if lengths is not NOTHING_SAID:
                 masks = padding_masks(lengths, batch, queries, keys, query.device)
                 if masks is not None and (attention_mask is not None or not kind.padding):
                     raise ValueError(
@@ -312,7 +310,7 @@ class DotProductAttention(torch.nn.Module):
         self, bias_type: str, bias: torch.Tensor | None, slopes: torch.Tensor | None, device: torch.device
     ) -> Scores | None:
         """What the call and the module do to the scores, None if nothing."""
-        if bias_type == "no_bias" and bias is None and slopes is None and self.softmax_offset is None and not self.return_max_logit:
+        if self._plain_softmax and bias_type == "no_bias" and bias is None and slopes is None:
             return None
         one_of(self._label, "core_attention_bias_type", bias_type, BIASES)
         biased = bias_type in ("pre_scale_bias", "post_scale_bias")
@@ -360,9 +358,9 @@ class DotProductAttention(torch.nn.Module):
         batch_dim = 1 if layout == "sbhd" else 0
         fits = (
             len(shape) == len(key_shape) == len(value_shape) == len(layout)
-            and (*shape[-2:], *key_shape[-2:], *value_shape[-2:]) == self._widths
-            and (layout == "thd" or shape[batch_dim] == key_shape[batch_dim])
-            and key_shape[:-2] == value_shape[:-2]
+            and (shape[-2], shape[-1], key_shape[-2], key_shape[-1], value_shape[-2], value_shape[-1]) == self._widths
+            and key_shape[0] == value_shape[0]
+            and (layout == "thd" or (shape[batch_dim] == key_shape[batch_dim] and key_shape[1] == value_shape[1]))
             and query.dtype == key.dtype == value.dtype
             and query.device == key.device == value.device
         )

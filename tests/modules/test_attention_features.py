@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from overdrive.functional.attention import default_slopes
 from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
@@ -276,3 +277,144 @@ class Trial:
 def test_pairs(case, device):
     torch.manual_seed(0)
     Trial(case, device).check()
+
+
+COMPILED = {
+    "window": {"mask": "causal", "window": (2, 0)},
+    "padding and window": {"mask": "padding_causal_bottom_right", "window": (2, 0)},
+    "alibi": {"bias": "alibi", "mask": "causal"},
+    "bias": {"bias": "pre_scale_bias", "mask": "arbitrary"},
+    "softmax": {"softmax": "learnable", "max_logit": True},
+    "packed": {"layout": "thd", "mask": "padding_causal", "lengths from": "cu_seqlens", "bias": "batch slopes"},
+    "packed with padding": {"layout": "thd padded", "mask": "padding", "lengths from": "cu_seqlens", "sizes": (5, 9)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("features", COMPILED)
+def test_compiles_to_one_graph_with_the_same_numbers(features, device):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = {name: values[0] for name, values in FEATURES.items()}
+    trial = Trial({**plain, **COMPILED[features]}, device)
+    fixed, call = trial.arguments()
+    module = trial.module(**fixed)
+    if trial.bias is not None:
+        call["core_attention_bias"] = trial.bias.to(device)
+    results = []
+    inputs = [trial.arranged(x, min(side, 1)).to(device).requires_grad_() for side, x in enumerate(trial.padded)]
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        out = function(*inputs, **call)
+        out, *largest = out if trial.case["max_logit"] else (out,)
+        gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        results.append((out, *largest, *gradients))
+    for actual, want in zip(*results):
+        assert_close(actual, want.detach().cpu().double(), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_call_must_say_the_longest_sequence(device):
+    torch.compiler.reset()
+    q = torch.randn(7, 4, 8, device=device)
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    module = torch.compile(DotProductAttention(4, 8, qkv_format="thd"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"max_seqlen_q must be given under torch.compile"):
+        module(q, q, q, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+
+
+def test_state_of_the_learned_offset(device):
+    module = DotProductAttention(4, 8, softmax_type="learnable")
+    state = module.state_dict()
+    assert list(state) == ["softmax_offset"]
+    assert state["softmax_offset"].shape == (4,)
+    assert state["softmax_offset"].dtype == torch.float32
+    assert not state["softmax_offset"].any()
+    assert DotProductAttention(4, 8, softmax_type="off-by-one").state_dict() == {}
+    assert DotProductAttention(4, 8).state_dict() == {}
+
+
+def test_slopes_of_published_sizes():
+    assert default_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    for heads in (1, 4, 6, 12, 20):
+        torch.testing.assert_close(default_slopes(heads), torch.tensor(oracle.slopes(heads)))
+
+
+@pytest.mark.parametrize(("mask", "per_call"), [("causal", {"window_size": (2, 0)}), ("no_mask", {"window_size": (1, 2)})])
+def test_window_of_the_call_replaces_the_modules(mask, per_call, device):
+    q, k, v = (torch.randn(7, 2, 4, 8, device=device) for _ in range(3))
+    module = DotProductAttention(4, 8, attn_mask_type=mask, window_size=(5, 0))
+    assert torch.equal(module(q, k, v, **per_call), DotProductAttention(4, 8, attn_mask_type=mask, **per_call)(q, k, v))
+    other = "causal" if mask == "no_mask" else "no_mask"
+    expected = DotProductAttention(4, 8, attn_mask_type=other, window_size=(5, 0))(q, k, v)
+    assert torch.equal(module(q, k, v, attn_mask_type=other), expected)
+
+
+def test_packed_sequences_equal_each_alone(device):
+    """Whatever lies in the other sequences."""
+    q, k, v = (torch.randn(12, 4, 8, device=device) for _ in range(3))
+    bounds = torch.tensor([0, 3, 3, 12], dtype=torch.int32, device=device)
+    packed = DotProductAttention(4, 8, qkv_format="thd", attn_mask_type="padding_causal")
+    out = packed(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    alone = DotProductAttention(4, 8, qkv_format="bshd")
+    for part in (slice(0, 3), slice(3, 12)):
+        want = alone(*(x[None, part] for x in (q, k, v)))[0]
+        assert_close(out[part], want.cpu().double(), torch.float32, depth=2)
+
+
+def test_largest_logits_of_nothing(device):
+    module = DotProductAttention(4, 8, attn_mask_type="padding", return_max_logit=True)
+    q = torch.randn(3, 2, 4, 8, device=device)
+    out, largest = module(q, q, q, torch.ones(2, 1, 1, 3, dtype=torch.bool, device=device))
+    assert not out.any()
+    assert torch.equal(largest.cpu(), torch.full((4,), -math.inf))
+    out, largest = module(q[:0], q[:0], q[:0], torch.ones(2, 1, 1, 0, dtype=torch.bool, device=device))
+    assert out.shape == (0, 2, 32)
+    assert torch.equal(largest.cpu(), torch.full((4,), -math.inf))
+
+
+def test_dropout_of_the_reference(device):
+    """Where no backend can: kept probabilities are scaled up, and the seed repeats them."""
+    v = torch.eye(64, device=device)[None, :, None].expand(8, 64, 8, 64)
+    q = torch.zeros(8, 64, 8, 64, device=device)
+    module = DotProductAttention(
+        8, 64, attention_dropout=0.25, qkv_format="bshd", attn_mask_type="no_mask", softmax_type="off-by-one"
+    )
+    torch.manual_seed(0)
+    dropped = module(q, q, v)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, module(q, q, v))
+    assert abs((dropped == 0).double().mean().item() - 0.25) < 5e-3
+    kept = dropped[dropped != 0].double()
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (65 * 0.75)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"core_attention_bias_type": "alibi"}, None),
+        ({"core_attention_bias_type": "post_scale_bias", "core_attention_bias": torch.zeros(1, 1, 7, 7)}, None),
+        (
+            {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": torch.zeros(1, 1, 7, 7, requires_grad=True)},
+            "gives no gradient for the bias",
+        ),
+        ({"window_size": (2, 0)}, None),
+    ],
+)
+def test_explained_on_cpu(arguments, reason):
+    q, k, v = (torch.randn(7, 2, 4, 8) for _ in range(3))
+    decision = DotProductAttention(4, 8).explain(q, k, v, **arguments)
+    assert decision.backend == ("cpu" if reason is None else "math")
+    assert decision.passed_over.get("cpu") == reason
+    module = DotProductAttention(4, 8, return_max_logit=True, softmax_type="off-by-one")
+    decision = module.explain(q, k, v, **arguments)
+    assert decision.backend == "reference"
+    assert decision.passed_over["math"] == "has the vanilla softmax only"
+
+
+def test_forced_backend_that_lacks_the_softmax_says_so(device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "math")
+    q = torch.randn(7, 2, 4, 8, device=device)
+    with pytest.raises(ValueError, match="OVERDRIVE_ATTENTION=math cannot run this attention: has the vanilla softmax only"):
+        DotProductAttention(4, 8, softmax_type="learnable").to(device)(q, q, q)
+    with pytest.raises(ValueError, match="does not give the largest logit"):
+        DotProductAttention(4, 8, return_max_logit=True)(q, q, q)
