@@ -1,15 +1,16 @@
-"""`MultiheadAttention`: QKV projection (after a norm, if wanted), attention, output projection."""
+"""`MultiheadAttention`: projections to Q, K and V (after a norm, if wanted), attention, output projection."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from overdrive.functional.attention_mask import Mask
 from overdrive.functional.qkv import QKVLayout, outputs_of
-from overdrive.modules.attention import LATER, DotProductAttention, gqa_groups, qkv_layout
-from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
+from overdrive.modules.attention import DotProductAttention, gqa_groups, qkv_layout
+from overdrive.modules.base import autocasts
+from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse_parallelism
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.linear import Linear
 from overdrive.modules.qk_norm import head_norm
@@ -29,13 +30,51 @@ def with_residual(module: Any, inp: torch.Tensor, **arguments: Any) -> tuple[Any
     return module.forward_with_residual(inp, **arguments)
 
 
-class MultiheadAttention(torch.nn.Module):
-    """Self attention of [S, B, hidden], or [B, S, hidden] with qkv_format="bshd", its projections in FP8 inside an `autocast`.
+class Call(NamedTuple):
+    """What one forward is told besides hidden_states, grouped as the arguments of attention follow one another.
 
-    Submodules: `layernorm_qkv` if input_layernorm, else `qkv`; `core_attention`; `proj`. kv_channels: channels per head,
-    hidden_size / num_attention_heads unless given. fuse_qkv_params: one QKV weight instead of query_weight, key_weight and
-    value_weight; its rows lie as [groups, heads / groups + 2, channels] if qkv_weight_interleaved, else, and in split parameters
-    always, as [Q; K; V]. qk_norm_type: "RMSNorm", "LayerNorm" or "L2Normalization" of Q and K over the channels of each head
+    masking: attn_mask_type, window_size, bottom_right_diagonal. bias: core_attention_bias_type, core_attention_bias, alibi_slopes.
+    lengths: cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q, max_seqlen_kv.
+    """
+
+    mask: Mask
+    encoder_output: torch.Tensor | None
+    masking: tuple[Any, ...]
+    first: bool | None
+    checkpoint: bool
+    inference_params: Any = None
+    rotary_pos_emb: Any = None
+    bias: tuple[Any, ...] = ("no_bias", None, None)
+    lengths: tuple[Any, ...] = (None,) * 6
+    pad_between_seqs: bool | None = None
+
+    def of_module(self) -> tuple[Any, ...]:
+        """As arguments of MultiheadAttention.forward, after hidden_states."""
+        told = (self.first, self.checkpoint, self.inference_params, self.rotary_pos_emb)
+        return (self.mask, self.encoder_output, *self.masking, *told, *self.bias, *self.lengths, True, self.pad_between_seqs)
+
+    def of_core(self) -> tuple[Any, ...]:
+        """As arguments of DotProductAttention.forward, after value_layer."""
+        told = (True, self.inference_params, self.pad_between_seqs)
+        return (self.mask, None, *self.lengths, *self.masking, self.checkpoint, *self.bias, *told)
+
+
+def attend_with_residual(module: Any, hidden: torch.Tensor, call: Call) -> tuple[Any, torch.Tensor]:
+    """with_residual of a MultiheadAttention."""
+    if watched(module, "forward_with_residual"):
+        return module(hidden, *call.of_module()), hidden
+    return module.forward_with_residual(hidden, call)
+
+
+class MultiheadAttention(torch.nn.Module):
+    """Attention of [S, B, hidden], or [B, S, hidden] with qkv_format="bshd", its projections in FP8 inside an `autocast`.
+
+    attention_type: "self", or "cross" where keys and values come from forward's encoder_output. Submodules: `layernorm_qkv` if
+    input_layernorm, else `qkv`, or in cross attention `layernorm_query`, else `query_layer`, and `key_value`, which no norm
+    precedes; `core_attention`; `proj`. kv_channels: channels per head, hidden_size / num_attention_heads unless given.
+    fuse_qkv_params: one QKV weight (one of K and V) instead of query_weight, key_weight and value_weight; its rows lie as [groups,
+    heads / groups + 2, channels] ([groups, 2, channels]) if qkv_weight_interleaved, else, and in split parameters always, as
+    [Q; K; V] ([K; V]). qk_norm_type: "RMSNorm", "LayerNorm" or "L2Normalization" of Q and K over the channels of each head
     (`q_norm`, `k_norm`), after the rotary embedding or, if qk_norm_before_rope, before it. rotary_pos_interleaved: neighbouring
     channels turn together, else those half of the turning ones apart. return_bias: leave proj's bias to the caller. forward returns
     out[, bias][, norm output].
@@ -98,8 +137,7 @@ class MultiheadAttention(torch.nn.Module):
         }
         parallelism = {"tp_group": tp_group, "tp_size": tp_size, "sequence_parallel": sequence_parallel}
         refuse_parallelism(self._label, {**parallelism, **overlaps})
-        one_of(self._label, "attention_type", attention_type, ("self", "cross"))
-        refuse(self._label, {"attention_type": (attention_type, "self")}, LATER)
+        self.attention_type = one_of(self._label, "attention_type", attention_type, ("self", "cross"))
         self.hidden_size = positive_int(self._label, "hidden_size", hidden_size)
         self.num_attention_heads = positive_int(self._label, "num_attention_heads", num_attention_heads)
         self.num_gqa_groups = gqa_groups(self._label, num_attention_heads, num_gqa_groups)
@@ -119,24 +157,28 @@ class MultiheadAttention(torch.nn.Module):
             "params_dtype": params_dtype,
             "device": device,
         }
-        qkv = {
-            "init_method": init_method,
-            "parameters_split": None if fuse_qkv_params else {"query": query_size, "key": kv_size, "value": kv_size},
-            "parallel_mode": "column" if set_parallel_mode else None,
-            "name": f"{name}.qkv" if name else None,
+        projection = {**common, "init_method": init_method, "parallel_mode": "column" if set_parallel_mode else None}
+        normed = {
+            "eps": layernorm_epsilon,
+            "normalization": normalization,
+            "zero_centered_gamma": zero_centered_gamma,
+            "return_layernorm_output": return_layernorm_output,
         }
-        if input_layernorm:
-            self.layernorm_qkv = LayerNormLinear(
-                hidden_size,
-                query_size + 2 * kv_size,
-                eps=layernorm_epsilon,
-                normalization=normalization,
-                zero_centered_gamma=zero_centered_gamma,
-                return_layernorm_output=return_layernorm_output,
-                **{**common, **qkv, "name": f"{name}.layernorm_qkv" if name else None},
-            )
+
+        def project(submodule: str, norm: bool, **sizes: int) -> Linear | LayerNormLinear:
+            split = None if fuse_qkv_params else sizes
+            options = {**projection, "parameters_split": split, "name": f"{name}.{submodule}" if name else None}
+            width = sum(sizes.values())
+            return LayerNormLinear(hidden_size, width, **normed, **options) if norm else Linear(hidden_size, width, **options)
+
+        if attention_type == "self":
+            submodule = "layernorm_qkv" if input_layernorm else "qkv"
+            self.add_module(submodule, project(submodule, input_layernorm, query=query_size, key=kv_size, value=kv_size))
         else:
-            self.qkv = Linear(hidden_size, query_size + 2 * kv_size, **common, **qkv)
+            submodule = "layernorm_query" if input_layernorm else "query_layer"
+            self.add_module(submodule, project(submodule, input_layernorm, query=query_size))
+            self.key_value = project("key_value", False, key=kv_size, value=kv_size)
+        self._query_projection = submodule
         self.rotary_pos_interleaved, self.qk_norm_before_rope = rotary_pos_interleaved, qk_norm_before_rope
         head_dim = self.hidden_size_per_attention_head
         self.q_norm: Any = head_norm(self._label, qk_norm_type, head_dim, qk_norm_eps, params_dtype, device)
@@ -152,6 +194,7 @@ class MultiheadAttention(torch.nn.Module):
             bottom_right_diagonal=bottom_right_diagonal,
             get_rng_state_tracker=get_rng_state_tracker,
             layer_number=layer_number,
+            attention_type=attention_type,
             softmax_type=softmax_type,
             name=f"{name}.core_attention" if name else None,
         )
@@ -206,68 +249,71 @@ class MultiheadAttention(torch.nn.Module):
     ) -> Any:
         """hidden_states [S, B, hidden] or [B, S, hidden] -> out of that shape[, bias][, norm output].
 
-        Masks and per-call overrides as in DotProductAttention.forward, is_first_microbatch as in Linear.forward.
-        rotary_pos_emb: f32 [P >= S, 1, 1, R], the angles that a RotaryPositionEmbedding gives, or a pair of them, for Q and for K.
+        encoder_output: what cross attention attends to, [T, B, hidden] or [B, T, hidden], in the dtype of hidden_states. Masks and
+        per-call overrides as in DotProductAttention.forward, is_first_microbatch as in Linear.forward. rotary_pos_emb: f32
+        [P >= S, 1, 1, R], the angles that a RotaryPositionEmbedding gives, or a pair of them, for Q and for K. ValueError where
+        encoder_output is missing, given to self attention, or of the wrong shape.
         """
-        outputs, _ = self._attend(
-            hidden_states,
-            is_first_microbatch,
-            False,
-            encoder_output,
-            rotary_pos_emb,
-            attention_mask=attention_mask,
-            attn_mask_type=attn_mask_type,
-            window_size=window_size,
-            bottom_right_diagonal=bottom_right_diagonal,
-            checkpoint_core_attention=checkpoint_core_attention,
-            inference_params=inference_params,
-            core_attention_bias_type=core_attention_bias_type,
-            core_attention_bias=core_attention_bias,
-            alibi_slopes=alibi_slopes,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_kv=cu_seqlens_kv,
-            cu_seqlens_q_padded=cu_seqlens_q_padded,
-            cu_seqlens_kv_padded=cu_seqlens_kv_padded,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_kv=max_seqlen_kv,
-            pad_between_seqs=pad_between_seqs,
-        )
-        return outputs
+        masking = (attn_mask_type, window_size, bottom_right_diagonal)
+        told = (is_first_microbatch, checkpoint_core_attention, inference_params, rotary_pos_emb)
+        bias = (core_attention_bias_type, core_attention_bias, alibi_slopes)
+        lengths = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q, max_seqlen_kv)
+        call = Call(attention_mask, encoder_output, masking, *told, bias, lengths, pad_between_seqs)
+        return self._attend(hidden_states, call, False)[0]
 
-    def forward_with_residual(
-        self,
-        hidden_states: torch.Tensor,
-        is_first_microbatch: bool | None = None,
-        encoder_output: torch.Tensor | None = None,
-        rotary_pos_emb: Any = None,
-        **attention: Any,
-    ) -> tuple[Any, torch.Tensor]:
+    def forward_with_residual(self, hidden_states: torch.Tensor, call: Call) -> tuple[Any, torch.Tensor]:
         """(what forward returns, hidden_states for the residual branch, whose gradient then joins inside the norm's backward)."""
-        return self._attend(hidden_states, is_first_microbatch, True, encoder_output, rotary_pos_emb, **attention)
+        return self._attend(hidden_states, call, True)
 
-    def _attend(
-        self,
-        hidden: torch.Tensor,
-        first: bool | None,
-        keep_residual: bool,
-        encoder_output: torch.Tensor | None,
-        rotary_pos_emb: Any,
-        **attention: Any,
-    ) -> tuple[Any, torch.Tensor]:
-        refuse(self._label, {"encoder_output": (encoder_output, None)}, LATER)
+    def _attend(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, torch.Tensor]:
         if hidden.dim() != 3:
             raise ValueError(
                 f"{self._label}: hidden_states must be [{', '.join(self.qkv_format[:2])}, hidden_size={self.hidden_size}], "
                 f"got shape {list(hidden.shape)}"
             )
-        (query, key, value), norm_out, residual = self._project(hidden, first, keep_residual)
-        query, key = self._position(query, key, rotary_pos_emb)
-        out = self.proj(self.core_attention(query, key, value, **attention), is_first_microbatch=first)
+        self._check_encoder_output(call.encoder_output, hidden)
+        project = self._project_self if call.encoder_output is None else self._project_cross
+        (query, key, value), norm_out, residual = project(hidden, call, keep_residual)
+        query, key = self._position(query, key, call.rotary_pos_emb)
+        out = self.proj(self.core_attention(query, key, value, *call.of_core()), is_first_microbatch=call.first)
         if self.return_bias:
             out = (*out, *norm_out)
         elif norm_out:
             out = (out, *norm_out)
         return out, residual
+
+    def _check_encoder_output(self, encoder_output: Any, hidden: torch.Tensor) -> None:
+        """An error unless encoder_output is there where, and only where, it is attended to, and fits hidden_states."""
+        if self.attention_type == "self":
+            if encoder_output is not None:
+                raise ValueError(
+                    f"{self._label}: encoder_output is for cross attention, this is self attention; leave it out, or build it with "
+                    "attention_type='cross'"
+                )
+            return
+        if not isinstance(encoder_output, torch.Tensor):
+            got = "nothing" if encoder_output is None else type(encoder_output).__name__
+            raise (ValueError if encoder_output is None else TypeError)(
+                f"{self._label}: encoder_output must be a tensor, as cross attention attends to it; got {got}"
+            )
+        batch_dim, shape = self.qkv_format.index("b"), encoder_output.shape
+        if len(shape) != 3 or shape[2] != self.hidden_size or shape[batch_dim] != hidden.shape[batch_dim]:
+            sizes = ["any length", "any length"]
+            sizes[batch_dim] = f"batch={hidden.shape[batch_dim]}"
+            raise ValueError(
+                f"{self._label}: encoder_output must be [{', '.join(sizes)}, hidden_size={self.hidden_size}], as qkv_format is "
+                f"{self.qkv_format!r}; got shape {list(shape)}"
+            )
+        if encoder_output.device != hidden.device:
+            raise ValueError(
+                f"{self._label}: encoder_output is on {encoder_output.device}, hidden_states on {hidden.device}; move one of them "
+                "with .to()"
+            )
+        if encoder_output.dtype != hidden.dtype and not autocasts(hidden.device):
+            raise TypeError(
+                f"{self._label}: encoder_output has dtype {encoder_output.dtype}, hidden_states {hidden.dtype}; convert one or use "
+                "torch.autocast"
+            )
 
     def _position(self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and K normed and turned, as far as asked for and in the order asked for."""
@@ -280,22 +326,34 @@ class MultiheadAttention(torch.nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key
 
-    def _project(
-        self, hidden: torch.Tensor, first: bool | None, keep_residual: bool
-    ) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+    def _project_self(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """((Q, K, V), the norm's output if it is to be returned, hidden for the residual branch)."""
-        module: Any = self.layernorm_qkv if self.input_layernorm else self.qkv
+        module: Any = getattr(self, self._query_projection)
         sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
         layout = QKVLayout(*sizes, self.qkv_weight_interleaved and not module.has_split_parameters)
         residual, norm_out = hidden, []
         if watched(module, "forward_qkv"):
-            qkv = module(hidden, is_first_microbatch=first)
+            qkv = module(hidden, is_first_microbatch=call.first)
             if self.return_layernorm_output:
                 qkv, *norm_out = qkv
             return outputs_of(qkv, layout), norm_out, residual
-        qkv = module.forward_qkv(hidden, layout, first, keep_residual)
+        qkv = module.forward_qkv(hidden, layout, call.first, keep_residual)
         if keep_residual:
             qkv, residual = qkv
         if self.return_layernorm_output:
             qkv, *norm_out = qkv
         return qkv, norm_out, residual
+
+    def _project_cross(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        """`_project_self`, with K and V from the encoder's output."""
+        module: Any = getattr(self, self._query_projection)
+        options, norm_out = {"is_first_microbatch": call.first}, []
+        query, residual = with_residual(module, hidden, **options) if keep_residual else (module(hidden, **options), hidden)
+        if self.return_layernorm_output:
+            query, *norm_out = query
+        head_dim, key_value = self.hidden_size_per_attention_head, self.key_value(call.encoder_output, **options)
+        if self.qkv_weight_interleaved and not self.key_value.has_split_parameters:
+            key, value = key_value.unflatten(-1, (self.num_gqa_groups, 2, head_dim)).unbind(-2)
+        else:
+            key, value = key_value.unflatten(-1, (2, self.num_gqa_groups, head_dim)).unbind(-3)
+        return (query.unflatten(-1, (self.num_attention_heads, head_dim)), key, value), norm_out, residual

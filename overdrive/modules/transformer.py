@@ -8,11 +8,22 @@ import torch
 
 from overdrive.functional.attention_mask import Mask
 from overdrive.functional.residual import bias_dropout_add
-from overdrive.modules.attention import LATER, mask_kind, probability, qkv_layout
+from overdrive.modules.attention import mask_kind, probability, qkv_layout
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_mlp import LayerNormMLP
-from overdrive.modules.multihead_attention import MultiheadAttention, watched, with_residual
+from overdrive.modules.multihead_attention import Call, MultiheadAttention, attend_with_residual, watched, with_residual
+
+_PACKED = (
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "cu_seqlens_q_padded",
+    "cu_seqlens_kv_padded",
+    "max_seqlen_q",
+    "max_seqlen_kv",
+    "pad_between_seqs",
+)
+_CROSS = ("encoder_output", "enc_dec_attn_mask", "enc_dec_attn_mask_type", "enc_dec_window_size", "enc_dec_bottom_right_diagonal")
 
 
 def _branch(outputs: Any, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,13 +35,17 @@ class TransformerLayer(torch.nn.Module):
     """x + attention(norm(x)), then the same with an MLP; a GPT or BERT block, in FP8 inside an `autocast`.
 
     Shapes: [S, B, hidden], or [B, S, hidden] with attn_input_format="bshd". Submodules: `self_attention`, `layernorm_mlp`, and
-    `layernorm` with output_layernorm. Dropout, residual and the next norm are one kernel.
+    `layernorm` with output_layernorm. Dropout, residual and the MLP's norm are one kernel.
+
+    layer_type: "encoder", or "decoder", which attends to forward's encoder_output between the two (`inter_attention`, always behind
+    a norm of its own); enc_dec_attn_mask_type, enc_dec_window_size and enc_dec_bottom_right_diagonal say to what of it, and are not
+    read in encoders. parallel_attention_mlp has no place for it and raises ValueError.
 
     apply_residual_connection_post_layernorm: the residual is the norm's output, not its input. output_layernorm: no norm before
     attention, one at the end. parallel_attention_mlp: attention and MLP both read x, and x + dropout(attention + MLP) comes out.
     drop_path_rate: probability of dropping a whole branch of one sample. hidden_dropout, attention_dropout act in training only.
     self_attn_mask_type and the arguments of attention: see MultiheadAttention; activation: see LayerNormMLP. seq_length and
-    micro_batch_size are not needed; ub_* matter only with ub_tp_comm_overlap, enc_dec_* only in decoders, which are not built yet.
+    micro_batch_size are not needed; ub_* matter only with ub_tp_comm_overlap.
     """
 
     def __init__(
@@ -94,9 +109,15 @@ class TransformerLayer(torch.nn.Module):
         parallelism = {"tp_group": tp_group, "tp_size": tp_size, "sequence_parallel": sequence_parallel}
         refuse_parallelism(label, {**parallelism, "ub_tp_comm_overlap": ub_tp_comm_overlap})
         one_of(label, "layer_type", layer_type, ("encoder", "decoder"))
-        refuse(label, {"layer_type": (layer_type, "encoder")}, f"cross attention is {LATER}")
         one_of(label, "normalization", normalization, NORMALIZATIONS)
         mask_kind(label, "self_attn_mask_type", self_attn_mask_type, window_size, bottom_right_diagonal)
+        cross = (enc_dec_attn_mask_type, enc_dec_window_size, enc_dec_bottom_right_diagonal)
+        mask_kind(label, "enc_dec_attn_mask_type", *cross)
+        if parallel_attention_mlp and layer_type == "decoder":
+            raise ValueError(
+                f"{label}: parallel_attention_mlp reads one input in both branches, which leaves no place for cross attention; "
+                "leave it out, or use layer_type='encoder'"
+            )
         if parallel_attention_mlp and (apply_residual_connection_post_layernorm or output_layernorm):
             raise ValueError(
                 f"{label}: parallel_attention_mlp reads one input in both branches; it goes neither with output_layernorm nor with "
@@ -124,30 +145,46 @@ class TransformerLayer(torch.nn.Module):
             "bias": bias,
             "device": device,
         }
-        self.self_attention = MultiheadAttention(
-            hidden_size,
-            num_attention_heads,
-            kv_channels=kv_channels,
-            attention_dropout=attention_dropout,
-            layernorm_epsilon=layernorm_epsilon,
-            layer_number=self.layer_number,
+
+        def attention(submodule: str, **options: Any) -> MultiheadAttention:
+            return MultiheadAttention(
+                hidden_size,
+                num_attention_heads,
+                kv_channels=kv_channels,
+                attention_dropout=attention_dropout,
+                layernorm_epsilon=layernorm_epsilon,
+                layer_number=self.layer_number,
+                num_gqa_groups=num_gqa_groups,
+                fuse_qkv_params=fuse_qkv_params,
+                qkv_weight_interleaved=qkv_weight_interleaved,
+                rotary_pos_interleaved=rotary_pos_interleaved,
+                qkv_format=attn_input_format,
+                qk_norm_type=qk_norm_type,
+                qk_norm_eps=qk_norm_eps,
+                qk_norm_before_rope=qk_norm_before_rope,
+                softmax_type=softmax_type,
+                return_layernorm_output=apply_residual_connection_post_layernorm,
+                name=f"{name}.{submodule}" if name else None,
+                **common,
+                **options,
+            )
+
+        self.self_attention = attention(
+            "self_attention",
+            input_layernorm=not output_layernorm,
             attn_mask_type=self_attn_mask_type,
             window_size=window_size,
             bottom_right_diagonal=bottom_right_diagonal,
-            num_gqa_groups=num_gqa_groups,
-            return_layernorm_output=apply_residual_connection_post_layernorm and not output_layernorm,
-            input_layernorm=not output_layernorm,
-            fuse_qkv_params=fuse_qkv_params,
-            qkv_weight_interleaved=qkv_weight_interleaved,
-            rotary_pos_interleaved=rotary_pos_interleaved,
-            qkv_format=attn_input_format,
-            qk_norm_type=qk_norm_type,
-            qk_norm_eps=qk_norm_eps,
-            qk_norm_before_rope=qk_norm_before_rope,
-            softmax_type=softmax_type,
-            name=f"{name}.self_attention" if name else None,
-            **common,
         )
+        if layer_type == "decoder":
+            self.inter_attention = attention(
+                "inter_attention",
+                attention_type="cross",
+                input_layernorm=True,
+                attn_mask_type=enc_dec_attn_mask_type,
+                window_size=enc_dec_window_size,
+                bottom_right_diagonal=enc_dec_bottom_right_diagonal,
+            )
         self.layernorm_mlp = LayerNormMLP(
             hidden_size,
             ffn_hidden_size,
@@ -203,54 +240,51 @@ class TransformerLayer(torch.nn.Module):
         """hidden_states [S, B, hidden] or [B, S, hidden] -> the same shape, in its dtype or torch.autocast's.
 
         attention_mask is read with padding and arbitrary masks, see DotProductAttention.forward; rotary_pos_emb: see
-        MultiheadAttention.forward; is_first_microbatch: see Linear's.
+        MultiheadAttention.forward; is_first_microbatch: see Linear's. Only decoders take encoder_output, [T, B, hidden] or
+        [B, T, hidden], and enc_dec_*, which do for their cross attention what the others do for self attention. Rotary embeddings,
+        biases and inference_params are of self attention alone.
         """
-        decoder = {
-            "enc_dec_attn_mask": (enc_dec_attn_mask, None),
-            "enc_dec_attn_mask_type": (enc_dec_attn_mask_type, None),
-            "enc_dec_window_size": (enc_dec_window_size, None),
-            "enc_dec_bottom_right_diagonal": (enc_dec_bottom_right_diagonal, None),
-        }
-        refuse(self._label, decoder, f"cross attention is {LATER}")
-        attended, residual = with_residual(
-            self.self_attention,
-            hidden_states,
-            is_first_microbatch=is_first_microbatch,
-            encoder_output=encoder_output,
-            rotary_pos_emb=rotary_pos_emb,
-            attention_mask=attention_mask,
-            attn_mask_type=self_attn_mask_type,
-            window_size=window_size,
-            bottom_right_diagonal=bottom_right_diagonal,
-            checkpoint_core_attention=checkpoint_core_attention,
-            inference_params=inference_params,
-            core_attention_bias_type=core_attention_bias_type,
-            core_attention_bias=core_attention_bias,
-            alibi_slopes=alibi_slopes,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_kv=cu_seqlens_kv,
-            cu_seqlens_q_padded=cu_seqlens_q_padded,
-            cu_seqlens_kv_padded=cu_seqlens_kv_padded,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_kv=max_seqlen_kv,
-            pad_between_seqs=pad_between_seqs,
-        )
+        masking = (self_attn_mask_type, window_size, bottom_right_diagonal)
+        cross_masking = (enc_dec_attn_mask_type, enc_dec_window_size, enc_dec_bottom_right_diagonal)
+        told = (is_first_microbatch, checkpoint_core_attention)
+        bias = (core_attention_bias_type, core_attention_bias, alibi_slopes)
+        lengths = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q, max_seqlen_kv)
+        if self.layer_type == "decoder":
+            packed = zip(_PACKED, (*lengths, pad_between_seqs))
+            refuse(self._label, {name: (value, None) for name, value in packed}, "packed sequences are not built for decoders yet")
+        else:
+            self._refuse_cross(encoder_output, enc_dec_attn_mask, *cross_masking)
+        call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, lengths, pad_between_seqs)
+        attended, residual = attend_with_residual(self.self_attention, hidden_states, call)
+        if self.layer_type == "decoder":
+            hidden = self._add(*_branch(attended, residual))
+            call = Call(enc_dec_attn_mask, encoder_output, cross_masking, *told)
+            attended, residual = attend_with_residual(self.inter_attention, hidden, call)
         if self.parallel_attention_mlp:
             mlp_out, residual = with_residual(self.layernorm_mlp, residual, is_first_microbatch=is_first_microbatch)
-            return self._add(attended, mlp_out, residual)
+            return self._add(attended, residual, mlp_out)
         out, residual = self._mlp(*_branch(attended, residual), is_first_microbatch)
-        out = self._add(out, None, residual)
+        out = self._add(out, residual)
         return self.layernorm(out) if self.output_layernorm else out
+
+    def _refuse_cross(self, *arguments: Any) -> None:
+        """An error that names the first argument of cross attention that was given."""
+        for name, value in zip(_CROSS, arguments):
+            if value is not None:
+                raise ValueError(
+                    f"{self._label}: {name} is for cross attention, this is an encoder layer; leave it out, or build it with "
+                    "layer_type='decoder'"
+                )
 
     def _mlp(self, x: torch.Tensor, residual: torch.Tensor, first: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The MLP's (x, residual), its input being residual + dropout(x)."""
         if watched(self.layernorm_mlp, "forward_fused_residual") or (self.training and self.drop_path_rate > 0):
-            hidden = self._add(x, None, residual)
+            hidden = self._add(x, residual)
             return _branch(*with_residual(self.layernorm_mlp, hidden, is_first_microbatch=first))
         dropout = self.hidden_dropout if self.training else 0.0
         return _branch(*self.layernorm_mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
 
-    def _add(self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.training:
             return bias_dropout_add(x, bias, residual)
         return bias_dropout_add(x, bias, residual, self.hidden_dropout, self.drop_path_rate, self._batch_dim)

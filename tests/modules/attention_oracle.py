@@ -116,7 +116,7 @@ def norm(x, weight, bias, eps=1e-5, zero_centered=False) -> torch.Tensor:
 
 def linear(x, p: dict, name: str) -> torch.Tensor:
     """x W^T (+ b), with W and b concatenated from split ones where they are split."""
-    parts = [name + part for part in ("query_", "key_", "value_")] if name + "query_weight" in p else [name]
+    parts = [name + part for part in ("query_", "key_", "value_") if f"{name}{part}weight" in p] or [name]
     y = x @ torch.cat([p[part + "weight"] for part in parts]).t()
     return y + torch.cat([p[part + "bias"] for part in parts]) if parts[0] + "bias" in p else y
 
@@ -142,18 +142,44 @@ def multihead(x, p: dict, heads: int, groups: int, dim: int, layout="sbhd", mask
     return heads_last(out, layout) @ p["proj.weight"].t(), p.get("proj.bias", 0.0), normed
 
 
+def cross(x, encoder, p: dict, heads: int, groups: int, dim: int, layout="sbhd", mask_type="no_mask", mask=None, interleaved=False):
+    """`multihead` with attention_type="cross": K and V of `encoder`, laid out as [groups, 2, dim] or as [K; V]."""
+    normed, name = x, "query_layer."
+    if "layernorm_query.layer_norm_weight" in p:
+        name = "layernorm_query."
+        normed = norm(x, p[name + "layer_norm_weight"], p.get(name + "layer_norm_bias"))
+    q = linear(normed, p, name).unflatten(-1, (heads, dim))
+    key_value = linear(encoder, p, "key_value.")
+    if interleaved:
+        key_value = key_value.unflatten(-1, (groups, 2, dim))
+        k, v = key_value[..., 0, :], key_value[..., 1, :]
+    else:
+        k, v = (part.unflatten(-1, (groups, dim)) for part in key_value.tensor_split(2, -1))
+    q, k, v = (heads_first(part, layout) for part in (q, k, v))
+    out = attend(q, k, v, hidden_by(mask_type, mask, q.shape[2], k.shape[2]).to(x.device))
+    return heads_last(out, layout) @ p["proj.weight"].t(), p.get("proj.bias", 0.0), normed
+
+
 ACTIVATIONS = {
     "gelu": lambda h: F.gelu(h, approximate="tanh"),
     "swiglu": lambda h: F.silu(h.tensor_split(2, -1)[0]) * h.tensor_split(2, -1)[1],
 }
 
 
-def layer(x, p: dict, *, mode="", activation="gelu", **attention) -> torch.Tensor:
+def part_of(p: dict, module: str) -> dict:
+    """The parameters of one submodule."""
+    return {name.removeprefix(f"{module}."): value for name, value in p.items() if name.startswith(f"{module}.")}
+
+
+def layer(x, p: dict, *, mode="", activation="gelu", encoder=None, enc_dec_mask_type="no_mask", enc_dec_mask=None, **attention):
     """TransformerLayer's forward in evaluation. mode: "", "post", "output" or "parallel", which norm and residual placement."""
-    mine = {name.removeprefix("self_attention."): value for name, value in p.items() if name.startswith("self_attention.")}
-    mlp = {name.removeprefix("layernorm_mlp."): value for name, value in p.items() if name.startswith("layernorm_mlp.")}
-    attended, bias, normed = multihead(x, mine, **attention)
+    mlp = part_of(p, "layernorm_mlp")
+    attended, bias, normed = multihead(x, part_of(p, "self_attention"), **attention)
     hidden = (normed if mode == "post" else x) + attended + bias
+    if encoder is not None:
+        masking = {"mask_type": enc_dec_mask_type, "mask": enc_dec_mask}
+        attended, bias, normed = cross(hidden, encoder, part_of(p, "inter_attention"), **{**attention, **masking})
+        hidden = (normed if mode == "post" else hidden) + attended + bias
     source = x if mode == "parallel" else hidden
     normed = norm(source, mlp["layer_norm_weight"], mlp.get("layer_norm_bias"))
     out = linear(ACTIVATIONS[activation](linear(normed, mlp, "fc1_")), mlp, "fc2_")

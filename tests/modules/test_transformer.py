@@ -193,6 +193,185 @@ def test_torch_autocast(device):
         assert relative_error(out, want[0]) < 2e-2
 
 
+# --- decoders -----------------------------------------------------------------------------------------------------------
+
+DECODER_MODES = {mode: arguments for mode, arguments in MODES.items() if mode != "parallel"}
+
+
+def decoder(device, dtype=torch.float32, **arguments):
+    return build(device, dtype, layer_type="decoder", **arguments)
+
+
+def encoded(device, dtype=torch.float32, shape=(5, 3, HIDDEN)):
+    return torch.randn(shape).to(device, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments", "dtype"),
+    [
+        ("", {}, torch.float32),
+        ("", {"fuse_qkv_params": True, "num_gqa_groups": 2, "activation": "swiglu", "normalization": "RMSNorm"}, torch.float32),
+        ("", {"fuse_qkv_params": True, "qkv_weight_interleaved": False, "enc_dec_attn_mask_type": "causal"}, torch.float16),
+        ("", {"attn_input_format": "bshd", "bias": False, "enc_dec_attn_mask_type": "padding"}, torch.float32),
+        ("", {"num_gqa_groups": 1, "kv_channels": 6, "enc_dec_attn_mask_type": "arbitrary"}, torch.bfloat16),
+        ("", {"enc_dec_attn_mask_type": "causal", "enc_dec_bottom_right_diagonal": True}, torch.float32),
+        ("post", {}, torch.float32),
+        ("post", {"normalization": "RMSNorm", "enc_dec_attn_mask_type": "padding"}, torch.bfloat16),
+        ("output", {}, torch.float32),
+        ("output", {"attn_input_format": "bshd", "fuse_qkv_params": True}, torch.bfloat16),
+    ],
+)
+def test_decoder_against_float64(mode, arguments, dtype, device):
+    layer = decoder(device, dtype, **MODES[mode], **arguments)
+    layout, mask_type = arguments.get("attn_input_format", "sbhd"), arguments.get("enc_dec_attn_mask_type", "no_mask")
+    shapes = ((7, 3, HIDDEN), (5, 3, HIDDEN)) if layout == "sbhd" else ((3, 7, HIDDEN), (3, 5, HIDDEN))
+    (x, dout), encoder = inputs(device, dtype, shapes[0]), encoded(device, dtype, shapes[1])
+    mask, given = None, None
+    if mask_type == "padding":
+        ends = ((7, torch.tensor([5, 7, 1])), (5, torch.tensor([3, 5, 2])))
+        mask = tuple((torch.arange(n) >= end[:, None])[:, None, None] for n, end in ends)
+        given = tuple(part.to(device) for part in mask)
+    elif mask_type == "arbitrary":
+        mask = torch.rand(3, 1, 7, 5) < 0.4
+        given = mask.to(device)
+    actual = run(layer, x, dout, encoder_output=encoder, enc_dec_attn_mask=given)
+
+    encoder64 = encoder.detach().cpu().double().requires_grad_()
+    bottom_right = "_bottom_right" if arguments.get("enc_dec_bottom_right_diagonal") else ""
+    want = expected(
+        layer,
+        x,
+        dout,
+        mode,
+        arguments.get("activation", "gelu"),
+        encoder=encoder64,
+        enc_dec_mask_type=mask_type + bottom_right,
+        enc_dec_mask=mask,
+        heads=HEADS,
+        groups=arguments.get("num_gqa_groups", HEADS),
+        dim=arguments.get("kv_channels", HIDDEN // HEADS),
+        layout=layout,
+        interleaved=arguments.get("fuse_qkv_params", False) and arguments.get("qkv_weight_interleaved", True),
+    )
+    compare(actual, want, dtype, depth=8)
+    assert_close(encoder.grad, encoder64.grad, dtype, what="encoder_output", depth=16)
+
+
+@pytest.mark.parametrize(("recipe", "mode"), [("delayed", ""), ("current", "post"), ("block", "output")])
+def test_decoder_in_fp8(recipe, mode, device):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 GEMMs need compute capability 8.9")
+    layer = decoder(device, torch.bfloat16, hidden=128, ffn=256, **MODES[mode])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(0.5 if parameter.dim() == 2 else 1)  # as in test_fp8
+    (x, dout), encoder = inputs(device, torch.bfloat16, (16, 2, 128)), encoded(device, torch.bfloat16, (24, 2, 128))
+    encoder64 = encoder.detach().cpu().double().requires_grad_()
+    want = expected(layer, x, dout, mode, encoder=encoder64, heads=4, groups=4, dim=32)
+    for _ in range(2):
+        encoder.grad = None
+        with autocast(recipe=RECIPES[recipe]):
+            actual = run(layer, x, dout, encoder_output=encoder)
+    assert 1e-3 < relative_error(actual[0], want[0]) < 0.15
+    assert relative_error(actual[1], want[1]) < 0.25
+    assert relative_error(encoder.grad, encoder64.grad) < 0.25
+
+
+def test_decoder_masks_of_one_call(device):
+    layer, (x, _), encoder = decoder(device), inputs(device), encoded(device)
+    options = {"enc_dec_attn_mask_type": "causal", "enc_dec_bottom_right_diagonal": True, "self_attn_mask_type": "no_mask"}
+    other = decoder(device, **options)
+    other.load_state_dict(layer.state_dict())
+    want = other(x, encoder_output=encoder)
+    assert torch.equal(layer(x, encoder_output=encoder, enc_dec_window_size=(-1, 0), **options), want)
+    assert not torch.equal(layer(x, encoder_output=encoder), want)
+    hidden = torch.zeros(1, 1, 7, 5, dtype=torch.bool, device=device)
+    hidden[..., 2:] = True
+    masked = layer(x, encoder_output=encoder, enc_dec_attn_mask=hidden, enc_dec_attn_mask_type="arbitrary")
+    assert relative_error(masked, layer(x, encoder_output=encoder[:2])) < 1e-6
+
+
+def test_decoder_hooks_fire_and_change_nothing(device):
+    layer, (x, dout), encoder = decoder(device), inputs(device), encoded(device)
+    plain = run(layer, x, dout, encoder_output=encoder)
+    fired = []
+    for module in layer.modules():
+        module.register_forward_hook(lambda module, *_: fired.append(type(module).__name__))
+    hooked = run(layer, x, dout, encoder_output=encoder)
+    attended = ["DotProductAttention", "Linear", "MultiheadAttention"]
+    crossed = ["LayerNormLinear", "Linear", *attended]
+    assert fired == ["LayerNormLinear", *attended, *crossed, "LayerNormMLP", "TransformerLayer"]
+    assert relative_error(hooked[0], plain[0]) < 1e-6
+    assert relative_error(hooked[1], plain[1]) < 1e-6
+
+
+def test_decoder_with_everything_before_it_frozen(device):
+    layer, (x, dout) = decoder(device), inputs(device)
+    encoder = encoded(device)
+    want = run(layer, x, dout, encoder_output=encoder)
+    actual = run(layer, x, dout, encoder_output=encoder.detach())
+    assert_same(actual, want)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("key_value" in name)
+    layer.zero_grad()
+    layer(x, encoder_output=encoder).backward(dout)
+    got = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    assert sorted(got) == [f"inter_attention.key_value.{part}_{kind}" for part in ("key", "value") for kind in ("bias", "weight")]
+    assert relative_error(got["inter_attention.key_value.value_weight"], want[2]["inter_attention.key_value.value_weight"]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", DECODER_MODES)
+def test_decoder_drops_checkpoints_and_autocasts(mode, device):
+    layer, (x, dout), encoder = decoder(device, dropout=0.3, drop_path_rate=0.2, **MODES[mode]), inputs(device), encoded(device)
+    results = []
+    for options in ({}, {"checkpoint_core_attention": True}, {}):
+        torch.manual_seed(5)
+        results.append(run(layer, x, dout, encoder_output=encoder, **options))
+    for result in results[1:]:
+        assert_same(result, results[0])
+    assert not torch.equal(run(layer, x, dout, encoder_output=encoder)[0], results[0][0])
+    still = decoder(device, **MODES[mode])
+    still.load_state_dict(layer.eval().state_dict())
+    want = layer(x, encoder_output=encoder)
+    assert torch.equal(want, still(x, encoder_output=encoder))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert relative_error(layer(x, encoder_output=encoder), want) < 2e-2
+
+
+@pytest.mark.parametrize("mode", DECODER_MODES)
+def test_decoder_compiles_to_one_graph_with_the_same_numbers(mode, device):
+    layer, (x, dout), encoder = decoder(device, **MODES[mode]), inputs(device), encoded(device)
+    want, dencoder = run(layer, x, dout, encoder_output=encoder), encoder.grad
+    encoder.grad = None
+    torch.compiler.reset()
+    actual = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, dout, encoder_output=encoder)
+    assert relative_error(actual[0], want[0]) < 1e-6
+    assert relative_error(actual[1], want[1]) < 1e-6
+    assert relative_error(encoder.grad, dencoder) < 1e-6
+    for name, gradient in actual[2].items():
+        assert "key_bias" in name or relative_error(gradient, want[2][name.removeprefix("_orig_mod.")]) < 2e-6, name
+
+
+def test_bad_inputs_of_decoders():
+    layer, (x, _), encoder = decoder("cpu"), inputs("cpu"), encoded("cpu")
+    with pytest.raises(ValueError, match="encoder_output must be a tensor, as cross attention attends to it; got nothing"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"encoder_output must be .*batch=3, hidden_size=32\].*got shape \[5, 2, 32\]"):
+        layer(x, encoder_output=encoder[:, :2])
+    with pytest.raises(TypeError, match=r"encoder_output has dtype torch\.float64"):
+        layer(x, encoder_output=encoder.double())
+    with pytest.raises(ValueError, match="attn_mask_type must be one of"):
+        layer(x, encoder_output=encoder, enc_dec_attn_mask_type="lower")
+    with pytest.raises(ValueError, match="attention_mask must be a bool tensor"):
+        layer(x, encoder_output=encoder, enc_dec_attn_mask_type="padding")
+    mask = torch.zeros(3, 1, 1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention_mask must be .*7 queries and 5 keys, got \[3, 1, 1, 5\]"):
+        layer(x, encoder_output=encoder, enc_dec_attn_mask_type="padding", enc_dec_attn_mask=mask)
+    for name, value in (("cu_seqlens_q", torch.zeros(2, dtype=torch.int32)), ("max_seqlen_kv", 5), ("pad_between_seqs", True)):
+        with pytest.raises(NotImplementedError, match=f"{name}=.*packed sequences are not built for decoders yet"):
+            layer(x, encoder_output=encoder, **{name: value})
+
+
 # --- dropout ------------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +494,18 @@ def test_state_dict_names(arguments, names):
     assert sorted(build("cpu", **arguments).state_dict()) == sorted([*names, *PROJ, *MLP_NAMES])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", DECODER_MODES)
+def test_state_dict_names_of_decoders(mode, fused):
+    names = set(decoder("cpu", fuse_qkv_params=fused, **MODES[mode]).state_dict())
+    encoder = set(build("cpu", fuse_qkv_params=fused, **MODES[mode]).state_dict())
+    projections = ["layernorm_query.", "key_value."]
+    if not fused:
+        projections = ["layernorm_query.query_", "key_value.key_", "key_value.value_"]
+    inter = [f"inter_attention.{name}" for name in ("layernorm_query.layer_norm_", "proj.", *projections)]
+    assert names == encoder | {f"{name}{kind}" for name in inter for kind in ("weight", "bias")}
+
+
 def test_state_dict_without_bias_and_beta():
     names = sorted(build("cpu", bias=False, normalization="RMSNorm", fuse_qkv_params=True).state_dict())
     prefixes = ("self_attention.layernorm_qkv.", "layernorm_mlp.")
@@ -342,7 +533,8 @@ def test_fused_and_split_parameters_hold_the_same_layer(device):
     [
         ({"num_attention_heads": 5}, ValueError, "hidden_size=32 must be a multiple of num_attention_heads=5"),
         ({"num_gqa_groups": 3}, ValueError, "num_gqa_groups=3"),
-        ({"layer_type": "decoder"}, NotImplementedError, "layer_type='decoder'"),
+        ({"layer_type": "decoder", "parallel_attention_mlp": True}, ValueError, "parallel_attention_mlp .*layer_type='encoder'"),
+        ({"layer_type": "decoder", "enc_dec_attn_mask_type": "full"}, ValueError, "enc_dec_attn_mask_type must be one of"),
         ({"layer_type": "both"}, ValueError, "layer_type must be one of 'encoder', 'decoder'; got 'both'"),
         ({"normalization": "none"}, ValueError, "normalization must be one of"),
         ({"activation": "gellu"}, ValueError, "activation must be one of"),
@@ -379,9 +571,10 @@ def test_bad_inputs():
         layer(x, self_attn_mask_type="padding")
     with pytest.raises(TypeError, match="attention_mask must be bool"):
         layer(x, torch.zeros(3, 1, 1, 7), "padding")
-    with pytest.raises(NotImplementedError, match="encoder_output"):
+    with pytest.raises(ValueError, match=r"encoder_output is for cross attention.*layer_type='decoder'"):
         layer(x, encoder_output=x)
+    for name, value in (("enc_dec_attn_mask_type", "no_mask"), ("enc_dec_window_size", (-1, -1)), ("enc_dec_attn_mask", x)):
+        with pytest.raises(ValueError, match=f"{name} is for cross attention"):
+            layer(x, **{name: value})
     with pytest.raises(ValueError, match="rotary_pos_emb must be"):
         layer(x, rotary_pos_emb=x)
-    with pytest.raises(NotImplementedError, match="enc_dec_attn_mask"):
-        layer(x, enc_dec_attn_mask=torch.zeros(1))
