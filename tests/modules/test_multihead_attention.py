@@ -172,6 +172,51 @@ def wide(weight):
     torch.nn.init.normal_(weight, std=0.125)
 
 
+def test_cross_attention_keeps_quantized_weights_between_microbatches(device):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 GEMMs need compute capability 8.9")
+    options = {"attention_type": "cross", "input_layernorm": True, "attn_mask_type": "no_mask", "attention_dropout": 0.0}
+    module = MultiheadAttention(64, HEADS, params_dtype=torch.bfloat16, device=device, init_method=wide, **options)
+    x, encoder = (torch.randn(16, 2, 64).to(device, torch.bfloat16) for _ in range(2))
+
+    def call(first):
+        with te.autocast(recipe=RECIPES["current"]):
+            return module(x, encoder_output=encoder, is_first_microbatch=first)
+
+    want = call(None)
+    assert torch.equal(call(True), want)
+    with torch.no_grad():
+        for projection in (module.layernorm_query.query_weight, module.key_value.key_weight, module.proj.weight):
+            projection.mul_(2)
+    assert torch.equal(call(False), want)
+    assert not torch.equal(call(None), want)
+
+
+def test_cross_attention_adds_weight_gradients_to_main_grad(device):
+    plain = build(device, attention_type="cross", attn_mask_type="no_mask")
+    fused = build(device, attention_type="cross", attn_mask_type="no_mask", fuse_wgrad_accumulation=True)
+    fused.load_state_dict(plain.state_dict())
+    x, encoder = torch.randn(7, 2, HIDDEN, device=device), torch.randn(5, 2, HIDDEN, device=device)
+    for parameter in fused.parameters():
+        parameter.main_grad = torch.ones_like(parameter)
+    for module in (plain, fused):
+        module(x, encoder_output=encoder).square().sum().backward()
+    for name, parameter in fused.named_parameters():
+        if "weight" in name:
+            assert_close(parameter.main_grad - 1, plain.get_parameter(name).grad.cpu().double(), torch.float32, what=name)
+
+
+def test_whole_weights_can_be_shared_with_cross_attention(device):
+    split = build(device, attention_type="cross", attn_mask_type="no_mask")
+    whole = build(device, attention_type="cross", attn_mask_type="no_mask", fuse_qkv_params=True)
+    for name in ("query_layer", "key_value", "proj"):
+        source, target = whole.get_submodule(name), split.get_submodule(name)
+        target.weight, target.bias = source.weight, source.bias
+    x, encoder = torch.randn(7, 2, HIDDEN, device=device), torch.randn(5, 2, HIDDEN, device=device)
+    assert torch.equal(split(x, encoder_output=encoder), whole(x, encoder_output=encoder))
+    assert split.key_value.weight is whole.key_value.weight
+
+
 def test_cross_attention_to_nothing_gives_the_bias(device):
     module = build(device, attention_type="cross", attn_mask_type="no_mask")
     out = module(torch.randn(7, 2, HIDDEN, device=device), encoder_output=torch.zeros(0, 2, HIDDEN, device=device))
