@@ -452,7 +452,7 @@ def padded_arguments(query, key, value, packing_q: Packing, packing_kv: Packing,
 def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):
     """(Q, K and V as views [B, H, S, D], score mask, causal, dead), see attention_mask.score_mask."""
     order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-    query, key, value = (x.permute(order) for x in _autocast(query, key, value))
+    query, key, value = (x.permute(order) for x in autocasted(query, key, value))
     return query, key, value, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
 
 
@@ -475,7 +475,8 @@ def split_qkv(qkv: torch.Tensor, heads: int, groups: int, head_dim: int, interle
     return query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocasted(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`tensors` in torch.autocast's dtype where it is on."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

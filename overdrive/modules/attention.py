@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from overdrive.functional.attention import (
     Decision,
     Scores,
+    autocasted,
     default_slopes,
     dot_product_attention,
     packed_attention,
@@ -22,6 +23,7 @@ from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, chec
 from overdrive.functional.packing import NOTHING_SAID, Lengths, packings, padding_masks
 from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse, refuse_parallelism
+from overdrive.modules.inference import attend_to_cache
 
 FORMATS = ("sbhd", "bshd")
 BIASES = ("no_bias", "pre_scale_bias", "post_scale_bias", "alibi")
@@ -206,18 +208,28 @@ class DotProductAttention(torch.nn.Module):
         attend to nothing, gives zeros. core_attention_bias [1 or B, 1 or H, 1 or S, T] is added before (core_attention_bias_type
         pre_scale_bias) or after (post_scale_bias) the scores are scaled; alibi takes off alibi_slopes f32 [H] or [B, H] (a
         geometric sequence unless given) times the distance. checkpoint_core_attention: keep only Q, K and V, and attend again in
-        backward. With return_max_logit the result is (that, f32 [H]: each head's largest score, -inf where there is none, without
+        backward. inference_params: an InferenceParams, to whose cache K and V are appended, for Q to attend to
+        all of it. With return_max_logit the result is (that, f32 [H]: each head's largest score, -inf where there is none, without
         gradient).
         ValueError or TypeError for shapes, dtypes, devices that do not fit.
         """
-        if inference_params is not None or fp8_output or num_splits != 1:
-            unsupported = {"fp8_output": (fp8_output, False), "num_splits": (num_splits, 1)}
-            refuse(self._label, {"inference_params": (inference_params, None), **unsupported}, LATER)
+        if fp8_output or num_splits != 1:
+            refuse(self._label, {"fp8_output": (fp8_output, False), "num_splits": (num_splits, 1)}, LATER)
         lengths = NOTHING_SAID
         said = cu_seqlens_q is not None or cu_seqlens_kv is not None or max_seqlen_q is not None or max_seqlen_kv is not None
         if said or cu_seqlens_q_padded is not None or cu_seqlens_kv_padded is not None or pad_between_seqs is not None:
             padded = (cu_seqlens_q_padded, cu_seqlens_kv_padded)
             lengths = Lengths(cu_seqlens_q, cu_seqlens_kv, *padded, max_seqlen_q, max_seqlen_kv, pad_between_seqs)
+        if inference_params is not None:
+            layout = self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
+            kind = self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
+            scores = self._scores(core_attention_bias_type, core_attention_bias, alibi_slopes, query_layer.device)
+            if layout == "thd" or scores is not None or lengths is not NOTHING_SAID:
+                raise NotImplementedError(
+                    f"{self._label}: inference_params with qkv_format='thd', cu_seqlens_*, a bias, softmax_type or "
+                    f"return_max_logit is {LATER}; leave those out"
+                )
+            return self._attend_to_cache(inference_params, query_layer, key_layer, value_layer, attention_mask, kind, layout)
         attend, arguments = self._call(
             query_layer,
             key_layer,
@@ -284,6 +296,13 @@ class DotProductAttention(torch.nn.Module):
         if scores is not None:
             self._check_scores(scores, batch, queries, keys)
         return attend, (*arguments, dropout, self.softmax_scale, scores)
+
+    def _attend_to_cache(self, inference_params, query, key, value, mask, kind, layout) -> torch.Tensor:
+        self._check(query, key, value, layout)
+        query, key, value = autocasted(query, key, value)
+        dropout = self.attention_dropout if self.training else 0.0
+        arguments = (query, key, value, mask, kind, layout, dropout, self.softmax_scale)
+        return attend_to_cache(self._label, self.layer_number, inference_params, *arguments)
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Any, prefix: str, *arguments: Any

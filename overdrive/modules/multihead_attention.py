@@ -11,6 +11,7 @@ from overdrive.functional.qkv import QKVLayout, outputs_of
 from overdrive.modules.attention import DotProductAttention, gqa_groups, qkv_layout
 from overdrive.modules.base import autocasts
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse_parallelism
+from overdrive.modules.inference import InferenceParams
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.linear import Linear
 from overdrive.modules.qk_norm import head_norm
@@ -274,7 +275,7 @@ class MultiheadAttention(torch.nn.Module):
         self._check_encoder_output(call.encoder_output, hidden)
         project = self._project_self if call.encoder_output is None else self._project_cross
         (query, key, value), norm_out, residual = project(hidden, call, keep_residual)
-        query, key = self._position(query, key, call.rotary_pos_emb)
+        query, key = self._position(query, key, call.rotary_pos_emb, call.inference_params)
         out = self.proj(self.core_attention(query, key, value, *call.of_core()), is_first_microbatch=call.first)
         if self.return_bias:
             out = (*out, *norm_out)
@@ -315,13 +316,16 @@ class MultiheadAttention(torch.nn.Module):
                 "torch.autocast"
             )
 
-    def _position(self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _position(
+        self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any, cache: InferenceParams | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and K normed and turned, as far as asked for and in the order asked for."""
         if self.q_norm is not None and self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary_pos_emb is not None:
             interleaved = self.rotary_pos_interleaved
-            query, key = rotate_query_and_key(self._label, query, key, rotary_pos_emb, self.qkv_format, interleaved)
+            start = None if cache is None else (cache.start_positions(query.shape[self.qkv_format.index("b")]), cache.longest)
+            query, key = rotate_query_and_key(self._label, query, key, rotary_pos_emb, self.qkv_format, interleaved, start)
         if self.q_norm is not None and not self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key

@@ -145,18 +145,29 @@ def apply_rotary_pos_emb(
 
 
 def rotate_query_and_key(
-    module: str, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any, layout: str, interleaved: bool
+    module: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rotary_pos_emb: Any,
+    layout: str,
+    interleaved: bool,
+    start: tuple[torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q and K [S, B, .., D], or [B, S, .., D] where layout is "bshd", turned by rotary_pos_emb: f32 [P, 1, 1, R], or one each."""
+    """Q and K [S, B, .., D], or [B, S, .., D] where layout is "bshd", turned by rotary_pos_emb: f32 [P, 1, 1, R], or one each.
+
+    start: the position of each sequence's first token, int [B], and the longest sequence, if they do not all begin at 0.
+    """
     pair = rotary_pos_emb if isinstance(rotary_pos_emb, (tuple, list)) else (rotary_pos_emb, rotary_pos_emb)
     if len(pair) != 2:
         raise ValueError(f"{module}: rotary_pos_emb must be one tensor, or two, for Q and for K; got {len(pair)}")
     batch_first, together = layout == "bshd", pair[0] is pair[1] and query.shape[:2] == key.shape[:2]
     for x, freqs in ((query, pair[0]), (key, pair[1]))[: 1 if together else 2]:
-        check_freqs(module, "rotary_pos_emb", freqs, "hidden_states", x, x.shape[1 if batch_first else 0])
+        length = x.shape[1 if batch_first else 0] if start is None else start[1]
+        check_freqs(module, "rotary_pos_emb", freqs, "hidden_states", x, length)
+    options = (interleaved, batch_first, None if start is None else start[0])
     if together:
-        return rotate(query, key, pair[0], interleaved, batch_first)
-    return rotate(query, None, pair[0], interleaved, batch_first)[0], rotate(key, None, pair[1], interleaved, batch_first)[0]
+        return rotate(query, key, pair[0], *options)
+    return rotate(query, None, pair[0], *options)[0], rotate(key, None, pair[1], *options)[0]
 
 
 def check_freqs(module: str, name: str, freqs: Any, what: str, x: torch.Tensor, length: int) -> None:

@@ -6,6 +6,7 @@ from overdrive import __version__
 from overdrive.functional.attention import attention_backends
 from overdrive.modules.attention import DotProductAttention
 from overdrive.modules.graphs import make_graphed_callables
+from overdrive.modules.inference import InferenceParams
 from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.layernorm_mlp import LayerNormMLP
@@ -27,6 +28,7 @@ from overdrive.scaling.support import (
 __all__ = [
     "DotProductAttention",
     "Float8Tensor",
+    "InferenceParams",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",
@@ -54,7 +56,6 @@ _LATER = (
     "Fp8Padding",
     "Fp8Unpadding",
     "GroupedLinear",
-    "InferenceParams",
     "fp8_model_init",
     "quantized_model_init",
 )

@@ -418,7 +418,6 @@ def test_bad_constructor_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inference_params": object()}, "inference_params"),
         ({"fp8_output": True}, "fp8_output"),
         ({"num_splits": 2}, "num_splits=2"),
     ],
