@@ -26,6 +26,9 @@ def generate(
         float, typer.Option(help="Draw among the likeliest that make up this much.", parser=number(float, 0, 1), metavar="FLOAT")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Of what is drawn.", parser=number(int, 0, MOST_SEED), metavar="INT")] = 0,
+    use_cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep keys and values, or compute all bytes anew for each.")
+    ] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (the GPU where there is one).")] = None,
 ) -> None:
     """Write text with a model that `overdrive train` has saved, each byte as it comes."""
@@ -36,7 +39,7 @@ def generate(
     given = prompt.encode("utf-8", "surrogateescape")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several bytes
     sys.stdout.write(decoder.decode(given))
-    for byte in models.generate(model, given, tokens, temperature, top_p, seed):
+    for byte in models.generate(model, given, tokens, temperature, top_p, seed, use_cache):
         sys.stdout.write(decoder.decode(bytes([byte])))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")

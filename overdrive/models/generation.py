@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from overdrive.models.language import LanguageModel
+from overdrive.pytorch import InferenceParams
 
 
 def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
@@ -30,16 +31,56 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
+def cached_logits(model: LanguageModel, cache: InferenceParams, new: dict[int, list[int]]) -> Tensor:
+    """Logits f32 [sequences, 256] of the byte after each sequence, of which `cache` has what came before its `new` tokens."""
+    lengths = [len(tokens) for tokens in new.values()]
+    padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in new.values()]
+    cache.pre_step(dict(zip(new, lengths)))
+    with torch.inference_mode():
+        logits = model(torch.tensor(padded, device=model.embedding.device), inference_params=cache)
+        return torch.stack([row[length - 1] for row, length in zip(logits, lengths)]).float()
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[bytes],
+    count: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[list[int]]:
+    """As `generate` for several prompts of any lengths at once: `count` times the next byte of each."""
+    device = model.embedding.device
+    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
+    sequences = [list(prompt or b"\n") for prompt in prompts]
+    model.eval()
+    cache = model.cache(len(prompts)) if use_cache and prompts else None
+    for _ in range(count):
+        logits = {}
+        if cache is not None:
+            kept = [i for i, tokens in enumerate(sequences) if len(tokens) <= model.config.context]
+            new = {i: sequences[i][cache.sequences.get(i, 0) :] for i in kept}
+            logits = dict(zip(kept, cached_logits(model, cache, new))) if kept else {}
+        for i, tokens in enumerate(sequences):  # once the context is full, each byte moves all others to new positions
+            after = logits[i] if i in logits else next_logits(model, tokens)
+            tokens.append(draw(after, temperature, top_p, generators[i]))
+        yield [tokens[-1] for tokens in sequences]
+
+
 def generate(
-    model: LanguageModel, prompt: bytes, count: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+    model: LanguageModel,
+    prompt: bytes,
+    count: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    use_cache: bool = True,
 ) -> Iterator[int]:
     """`count` bytes that follow `prompt`, each as soon as it is known; the same ones for the same seed and device.
 
-    An empty prompt stands for a new line. temperature: 0 always takes the likeliest byte. top_p: 1 leaves out none.
+    An empty prompt stands for a new line. temperature: 0 always takes the likeliest byte. top_p: 1 leaves out none. use_cache: keep
+    keys and values until the context is full, instead of computing all tokens anew for each byte.
     """
-    generator = torch.Generator(model.embedding.device).manual_seed(seed)
-    tokens = list(prompt or b"\n")
-    model.eval()
-    for _ in range(count):
-        tokens.append(draw(next_logits(model, tokens), temperature, top_p, generator))
-        yield tokens[-1]
+    for (byte,) in generate_batch(model, [prompt], count, temperature, top_p, seed, use_cache):
+        yield byte

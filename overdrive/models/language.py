@@ -62,22 +62,35 @@ class LanguageModel(nn.Module):
     def _normal(shape: tuple[int, ...], params_dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=params_dtype, device=device).normal_(0.0, STD)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: te.InferenceParams | None) -> Tensor:
         return F.embedding(tokens, self.embedding)
 
     def _positions(self, length: int) -> dict[str, Tensor]:
         """What each layer is told of the positions of `length` tokens."""
         return {}
 
-    def forward(self, tokens: Tensor, is_first_microbatch: bool | None = None, recompute: bool = False) -> Tensor:
+    def cache(self, batch: int, **options: Any) -> te.InferenceParams:
+        """What forward takes as inference_params, for up to `batch` sequences; options: see InferenceParams."""
+        config, weight = self.config, self.embedding
+        heads, channels = config.groups or config.heads, config.hidden // config.heads
+        return te.InferenceParams(batch, config.context, heads, channels, weight.dtype, device=weight.device, **options)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        is_first_microbatch: bool | None = None,
+        recompute: bool = False,
+        inference_params: te.InferenceParams | None = None,
+    ) -> Tensor:
         """tokens: integers [B, S <= context]. is_first_microbatch: see Linear's. recompute: keep only each layer's input for
-        backward.
+        backward. inference_params: from `cache`, its pre_step called; tokens then follow those that it has.
         """
         length = tokens.shape[-1]
         if length > self.config.context:
             raise ValueError(f"tokens: {length} of them came, the model's context is {self.config.context}; cut them")
-        x = F.dropout(self._embed(tokens), self.config.dropout, self.training)
-        options = {"is_first_microbatch": is_first_microbatch, **self._positions(length)}
+        x = F.dropout(self._embed(tokens, inference_params), self.config.dropout, self.training)
+        positions = self._positions(length if inference_params is None else self.config.context)
+        options = {"is_first_microbatch": is_first_microbatch, "inference_params": inference_params, **positions}
         for layer in self.layers:
             x = te.checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
         return F.linear(self.norm(x), self.head)
@@ -93,8 +106,14 @@ class GPT(LanguageModel):
         super().__init__(config, device, dtype)
         self.position = nn.Parameter(self._normal((config.context, config.hidden), dtype, self.embedding.device))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return super()._embed(tokens) + self.position[: tokens.shape[-1]]
+    def _embed(self, tokens: Tensor, cache: te.InferenceParams | None) -> Tensor:
+        batch, length = tokens.shape
+        if cache is None:
+            position = self.position[:length]
+        else:
+            place = cache.start_positions(batch)[:, None] + torch.arange(length, device=tokens.device)
+            position = F.embedding(place.clamp(max=self.config.context - 1), self.position)  # what is after that is padding
+        return super()._embed(tokens, cache) + position
 
 
 class Llama(LanguageModel):

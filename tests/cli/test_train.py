@@ -280,6 +280,8 @@ def test_generate_writes_the_prompt_and_as_many_bytes_as_asked(finished):
     assert greedy[0].exit_code == 0, greedy[0].output
     assert greedy[0].output == greedy[1].output
     assert greedy[0].output.startswith("12 bott")
+    anew = invoke("generate", path, "--prompt", "12 bott", "--tokens", 30, "--temperature", 0, "--no-cache")
+    assert anew.output == greedy[0].output
     assert invoke("generate", path, "--prompt", "abc", "--tokens", 0).output == "abc\n"
     drawn = {invoke("generate", path, "--tokens", 40, "--temperature", 1.5, "--top-p", 1, "--seed", s).output for s in (1, 1, 2)}
     assert len(drawn) == 2

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import overdrive.pytorch as te
-from overdrive.models import SIZES, ArgumentError, ModelConfig, build, generate
+from overdrive.models import SIZES, ArgumentError, ModelConfig, build, generate, generate_batch
 from overdrive.models.config import KINDS
-from overdrive.models.generation import draw, next_logits
+from overdrive.models.generation import cached_logits, draw, next_logits
 from overdrive.train.loop import deterministic
-from tests.numerics import assert_same_bits
+from tests.numerics import assert_same_bits, relative_error
 from tests.train.runs import RECIPES, config
 
 
@@ -144,6 +144,55 @@ def test_generation_sees_as_much_as_the_context_holds(device):
     model = build(config(), device).eval()
     window = list(range(40, 56))
     assert_same_bits(next_logits(model, [1, 2, 3, *window]), next_logits(model, window))
+
+
+PROMPTS = [b"a", b"12 bottles", b"", b"as long as the context is, and then some"]
+
+
+def outspoken(kind, device, dtype):
+    """A model whose likeliest byte changes from one to the next, and is likeliest by far more than rounding."""
+    model = build(config(kind=kind, groups=1, tied=False), device, dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter *= 8
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_changes_no_byte(device, kind, dtype):
+    """Prompts of any lengths, one longer than the context; all of them grow beyond it."""
+    model = outspoken(kind, device, dtype)
+    cached, anew = (list(generate_batch(model, PROMPTS, 24, temperature=0, use_cache=use)) for use in (True, False))
+    assert cached == anew
+    for row, prompt in zip(zip(*cached), PROMPTS):
+        assert len(set(row)) > 8, "a model that repeats itself shows nothing"
+        assert list(row) == list(generate(model, prompt, 24, temperature=0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_prompt_of_a_batch_draws_as_it_does_alone(device, kind):
+    model = build(config(kind=kind, groups=1), device, torch.float32)
+    batch = zip(*generate_batch(model, PROMPTS, 20, seed=3))
+    assert [list(row) for row in batch] == [list(generate(model, prompt, 20, seed=3, use_cache=False)) for prompt in PROMPTS]
+    assert list(generate_batch(model, [], 2)) == [[], []]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("memory", [{}, {"is_paged": True, "page_size": 4, "total_num_pages": 9}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_from_a_cache_are_those_of_all_tokens(device, dtype, memory, kind):
+    model = outspoken(kind, device, dtype)
+    said = {name: torch.randint(0, 256, (16,)).tolist() for name in range(3)}
+    cache, ends = model.cache(3, **memory), {0: 3, 1: 7, 2: 1}
+    for new in (3, 1, 1, 4):
+        logits = cached_logits(model, cache, {name: said[name][cache.sequences.get(name, 0) : end] for name, end in ends.items()})
+        expected = torch.stack([next_logits(model, said[name][:end]) for name, end in ends.items()])
+        assert relative_error(logits, expected) < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+        ends = {name: end + new for name, end in ends.items() if name != 1 or end + new <= 9}
+    with pytest.raises(ValueError, match="the cache overflows"):
+        cached_logits(model, cache, {0: said[0][:9]})
 
 
 def test_top_p_draws_among_the_likeliest():
