@@ -174,9 +174,9 @@ class InferenceParams:
                     cache.copy_(cache[source])
                 self._pages = {sequence: [page] for page, sequence in enumerate(self._pages)}
                 self._free = list(range(count, self.max_batch_size))
-        self._host[2:] = 0
         for index, pages in enumerate(self._pages.values()):
-            self._host[2 : 2 + len(pages), index] = torch.tensor(pages, dtype=torch.int32)
+            own = pages + pages[:1] * (len(self._host) - 2 - len(pages))  # never another's, whose NaNs could be read
+            self._host[2 : 2 + len(own), index] = torch.tensor(own, dtype=torch.int32)
 
     def _clear(self, pages: list[int]) -> None:
         """Zeros for the next owner: masked scores are 0, and 0 times a NaN that was left there would be NaN."""

@@ -21,6 +21,7 @@ STEPS = [
     {"c": 1, "d": 1, "a": 1},
     {"a": 1, "c": 0, "d": 2, "e": 7},
     {"a": 1, "b": 2},  # another b
+    {"b": 1, "a": 0},  # another order and no new page
 ]
 
 
@@ -132,6 +133,24 @@ def test_nothing_of_an_ended_sequence_is_left(device, memory):
     assert_same_bits(out, module(*(x[:1, :2] for x in (q, k, v)), inference_params=params))
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_sequence_that_is_nan_spoils_no_other(device, memory):
+    module, params = core(), cache(device, memory=memory)
+    q, k, v = tokens(device, batch=3, length=2)
+    bad = torch.full_like(k[:1], math.nan)
+    params.pre_step({"ended": 1, "bad": 2})
+    module(q[:2], *(torch.cat((x[:1], bad)) for x in (k, v)), inference_params=params)
+    params.pre_step({"bad": 2})
+    module(q[:1], bad, bad, inference_params=params)
+    params.pre_step({"next": 2, "bad": 2, "last": 2})
+    out = module(q, *(torch.cat((x[:1], bad, x[2:])) for x in (k, v)), inference_params=params)
+    clean = cache(device, memory=memory)
+    clean.pre_step({"next": 2, "bad": 2, "last": 2})
+    expected = module(q, k, v, inference_params=clean)
+    assert_same_bits(out[::2], expected[::2])
+    assert out[1].isnan().all()
+
+
 def _fresh(device, memory):
     params = cache(device, memory=memory)
     params.pre_step({"next": 2})
@@ -146,7 +165,7 @@ def test_what_step_returns(device):
         keys, values, table = params.step(7, k, v, "bshd")
         if memory == "paged":
             assert keys.shape == values.shape == (14, PAGE, GROUPS, DIM)
-            assert table.tolist() == [[0, 1, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
+            assert table.tolist() == [[0, 1, 0, 0, 0, 0], [2, 2, 2, 2, 2, 2]]
             assert_same_bits(keys[[0, 1]].flatten(0, 1)[:6], k[0])
         else:
             assert keys.shape == values.shape == (4, LENGTH, GROUPS, DIM)
