@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from overdrive.models.language import LanguageModel
-from overdrive.pytorch import InferenceParams
+from overdrive.scaling.autocast import current_context
 
 
 def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
@@ -31,14 +32,45 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
-def cached_logits(model: LanguageModel, cache: InferenceParams, new: dict[int, list[int]]) -> Tensor:
-    """Logits f32 [sequences, 256] of the byte after each sequence, of which `cache` has what came before its `new` tokens."""
-    lengths = [len(tokens) for tokens in new.values()]
-    padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in new.values()]
-    cache.pre_step(dict(zip(new, lengths)))
-    with torch.inference_mode():
-        logits = model(torch.tensor(padded, device=model.embedding.device), inference_params=cache)
+class Decoder:
+    """The logits after each of up to `batch` sequences, from a cache of what came before.
+
+    On a GPU, a step of one token for each sequence is the replay of a CUDA graph, captured when the second such step comes; inside
+    an autocast, whose scales may change from step to step, it is not.
+    """
+
+    def __init__(self, model: LanguageModel, batch: int, **options: Any) -> None:
+        """options: see InferenceParams."""
+        self.model, self.cache = model, model.cache(batch, **options)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._last = torch.zeros(batch, 1, dtype=torch.long, device=self.cache.device)
+        self._warm, self._logits = False, torch.empty(0)
+
+    @torch.inference_mode()
+    def __call__(self, new: dict[int, list[int]]) -> Tensor:
+        """Logits f32 [sequences, 256] of the byte after each sequence; new: its tokens that the cache does not have."""
+        lengths = [len(tokens) for tokens in new.values()]
+        padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in new.values()]
+        tokens = torch.tensor(padded, device=self.cache.device)
+        self.cache.pre_step(dict(zip(new, lengths)))
+        context, _ = current_context()
+        if tokens.is_cuda and max(lengths) == 1 and context.rules is None and context.snapshots is None:
+            return self._replay(tokens)
+        logits = self.model(tokens, inference_params=self.cache)
         return torch.stack([row[length - 1] for row, length in zip(logits, lengths)]).float()
+
+    def _replay(self, tokens: Tensor) -> Tensor:
+        count = len(tokens)
+        self._last[:count] = tokens  # further rows are padding: their sequences have ended
+        if not self._warm:  # kernels are compiled and workspaces made outside of the capture
+            self._warm = True
+            return self.model(self._last, inference_params=self.cache)[:count, 0].float()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._logits = self.model(self._last, inference_params=self.cache)
+        self.graph.replay()
+        return self._logits[:count, 0].float()
 
 
 def generate_batch(
@@ -55,13 +87,13 @@ def generate_batch(
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
     sequences = [list(prompt or b"\n") for prompt in prompts]
     model.eval()
-    cache = model.cache(len(prompts)) if use_cache and prompts else None
+    decoder = Decoder(model, len(prompts)) if use_cache and prompts else None
     for _ in range(count):
         logits = {}
-        if cache is not None:
+        if decoder is not None:
             kept = [i for i, tokens in enumerate(sequences) if len(tokens) <= model.config.context]
-            new = {i: sequences[i][cache.sequences.get(i, 0) :] for i in kept}
-            logits = dict(zip(kept, cached_logits(model, cache, new))) if kept else {}
+            new = {i: sequences[i][decoder.cache.sequences.get(i, 0) :] for i in kept}
+            logits = dict(zip(kept, decoder(new))) if kept else {}
         for i, tokens in enumerate(sequences):  # once the context is full, each byte moves all others to new positions
             after = logits[i] if i in logits else next_logits(model, tokens)
             tokens.append(draw(after, temperature, top_p, generators[i]))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import overdrive.pytorch as te
 from overdrive.models import SIZES, ArgumentError, ModelConfig, build, generate, generate_batch
 from overdrive.models.config import KINDS
-from overdrive.models.generation import cached_logits, draw, next_logits
+from overdrive.models.generation import Decoder, draw, next_logits
 from overdrive.train.loop import deterministic
 from tests.numerics import assert_same_bits, relative_error
 from tests.train.runs import RECIPES, config
@@ -185,14 +185,33 @@ def test_each_prompt_of_a_batch_draws_as_it_does_alone(device, kind):
 def test_logits_from_a_cache_are_those_of_all_tokens(device, dtype, memory, kind):
     model = outspoken(kind, device, dtype)
     said = {name: torch.randint(0, 256, (16,)).tolist() for name in range(3)}
-    cache, ends = model.cache(3, **memory), {0: 3, 1: 7, 2: 1}
-    for new in (3, 1, 1, 4):
-        logits = cached_logits(model, cache, {name: said[name][cache.sequences.get(name, 0) : end] for name, end in ends.items()})
+    decoder, ends = Decoder(model, 3, **memory), {0: 3, 1: 7, 2: 1}
+    known = decoder.cache.sequences
+    for new in (3, 1, 1, 1, 4):  # new tokens of the next step; one sequence ends before the others
+        logits = decoder({name: said[name][known.get(name, 0) : end] for name, end in ends.items()})
+        known = decoder.cache.sequences
         expected = torch.stack([next_logits(model, said[name][:end]) for name, end in ends.items()])
         assert relative_error(logits, expected) < {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-        ends = {name: end + new for name, end in ends.items() if name != 1 or end + new <= 9}
+        ends = {name: end + new for name, end in ends.items() if name != 1 or end + new <= 12}
+    assert (decoder.graph is not None) == (device == "cuda")
     with pytest.raises(ValueError, match="the cache overflows"):
-        cached_logits(model, cache, {0: said[0][:9]})
+        decoder({0: said[0][:9]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*FP8 GEMMs need token counts divisible by 16:UserWarning")
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name] is not None])
+def test_a_cache_goes_with_fp8(device, kind, recipe):
+    """Scales of a token alone are not those of all tokens, so that only rounding to FP8 may differ."""
+    model, said = build(config(kind=kind, groups=1), device).eval(), list(range(12))
+    with te.autocast(recipe=RECIPES[recipe]):
+        model(torch.tensor([said], device=device))  # records amaxes
+    with te.autocast(recipe=RECIPES[recipe]):
+        decoder = Decoder(model, 1)
+        for end in range(4, 13):
+            logits = decoder({0: said[decoder.cache.sequences.get(0, 0) : end]})
+            assert relative_error(logits[0], next_logits(model, said[:end])) < 0.1
+    assert decoder.graph is None
 
 
 def test_top_p_draws_among_the_likeliest():
