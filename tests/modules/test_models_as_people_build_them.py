@@ -293,4 +293,4 @@ def test_compiles_to_one_graph_with_the_same_numbers(name, device):
     torch.compiler.reset()
     actual = step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs, dout)
     for key, value in actual.items():
-        assert relative_error(value, want[key.removeprefix("_orig_mod.")]) < 2e-6, key
+        assert relative_error(value, want[key.removeprefix("_orig_mod.")]) < 1e-5, key

@@ -163,7 +163,7 @@ def test_cross_attention_in_fp8(recipe, device):
     x64, encoder64 = (t.detach().cpu().double().requires_grad_() for t in (x, encoder))
     want, bias, _ = oracle.cross(x64, encoder64, p, HEADS, HEADS, 16)
     (want + bias).backward(dout.cpu().double())
-    assert 1e-3 < relative_error(out, want + bias) < 0.12
+    assert 1e-3 < relative_error(out, want + bias) < 0.15
     assert relative_error(x.grad, x64.grad) < 0.25
     assert relative_error(encoder.grad, encoder64.grad) < 0.25
 
@@ -203,7 +203,7 @@ def test_cross_attention_adds_weight_gradients_to_main_grad(device):
         module(x, encoder_output=encoder).square().sum().backward()
     for name, parameter in fused.named_parameters():
         if "weight" in name:
-            assert_close(parameter.main_grad - 1, plain.get_parameter(name).grad.cpu().double(), torch.float32, what=name)
+            assert_close(parameter.main_grad - 1, plain.get_parameter(name).grad.cpu().double(), torch.float32, what=name, depth=4)
 
 
 def test_whole_weights_can_be_shared_with_cross_attention(device):
