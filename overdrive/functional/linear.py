@@ -28,10 +28,11 @@ class Parameters:
     """A weight [N, K] and bias [N], in one parameter each or in several.
 
     Where there are several, they are views of `fused_weight` and `fused_bias`, which the products read; gradients go to the
-    parts. No biases: none is added. cached: the weight as quantized for an earlier microbatch.
+    parts. No biases: none is added. cached: the weight as quantized for an earlier microbatch, or as the module holds it.
+    weights: None each where the module holds FP8 only.
     """
 
-    weights: tuple[torch.Tensor, ...]
+    weights: tuple[torch.Tensor | None, ...]
     biases: tuple[torch.Tensor, ...]
     fused_weight: torch.Tensor | None = None
     fused_bias: torch.Tensor | None = None

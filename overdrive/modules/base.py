@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from overdrive.modules.weight_grad import WeightGradStore
 from overdrive.ops.quantize import PAD
 from overdrive.scaling.arena import SlotRange, with_index
 from overdrive.scaling.autocast import Context, renew_snapshot
-from overdrive.scaling.quantizers import Rules, Scales, fits_fp8
+from overdrive.scaling.float8_tensor import Float8Tensor
+from overdrive.scaling.quantized_init import STATE, applied, joined, rows_of, same_scaling, with_transpose
+from overdrive.scaling.quantizers import Quantizer, Rules, Scales, fits_fp8
 from overdrive.scaling.tensor import QuantizedTensor
 
 _OWNERS = WeakIdKeyDictionary()
@@ -53,6 +56,8 @@ class Module(nn.Module):
         self._linears: list[LinearNames] = []
         self._fused: dict[str, torch.Tensor] = {}
         self._weight_cache: dict[int, QuantizedTensor] = {}
+        self._quantized: dict[int, QuantizedTensor] = {}  # weights held in FP8 only, by GEMM; their parameters are views
+        self._weight_quantizer = STATE.quantizer
         self._weight_grads = WeightGradStore()
         self._warned = False
 
@@ -80,14 +85,24 @@ class Module(nn.Module):
         names = LinearNames(prefix, sizes, rows, bias)
         self._linears.append(names)
         fork = get_rng_state_tracker().fork() if get_rng_state_tracker is not None else contextlib.nullcontext()
+        quantizer = self._weight_quantizer
+        if quantizer is not None and not fits_fp8(rows, cols):
+            self._warn_once(
+                f"FP8 GEMMs need feature counts divisible by {PAD}, this layer has {cols} x {rows}: its weight stays in {dtype}"
+            )
+            quantizer = None
         with fork:
-            for name, size in zip(names.weights, names.sizes):
-                weight = nn.Parameter(torch.empty(size, cols, dtype=dtype, device=device))
-                if device.type != "meta":
-                    with torch.no_grad():
-                        init(weight)
-                mark_parallel(weight, partition_dim)
-                self.register_parameter(name, weight)
+            if quantizer is not None:
+                self._init_quantized(quantizer, torch.empty(rows, cols, dtype=dtype, device=device), init)
+            else:
+                for name, size in zip(names.weights, names.sizes):
+                    weight = nn.Parameter(torch.empty(size, cols, dtype=dtype, device=device))
+                    if device.type != "meta":
+                        with torch.no_grad():
+                            init(weight)
+                    self.register_parameter(name, weight)
+        for name in names.weights:
+            mark_parallel(getattr(self, name), partition_dim)
         for name, size in zip(names.biases, names.sizes):
             vector = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
             if partition_dim == 0:
@@ -101,8 +116,10 @@ class Module(nn.Module):
 
     def _fuse(self) -> None:
         """Make the parts of every split weight and bias views of one buffer, so that the products need no concatenation."""
-        for linear in self._linears:
+        for index, linear in enumerate(self._linears):
             for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
+                if index in self._quantized and names is linear.weights:
+                    continue
                 if linear.split and names and not self._adjacent(fused, names):
                     self._fused.pop(fused, None)
                     parts = [getattr(self, name) for name in names]
@@ -139,16 +156,19 @@ class Module(nn.Module):
     def _use_fused(self, index: int) -> None:
         """Turn a split weight and bias into one parameter each, as assigning `.weight` asks for."""
         linear = self._linears[index]
-        for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
-            if names:
-                buffer = self._whole(fused, names)
-                self._fused.pop(fused, None)
-                for name in names:
-                    del self._parameters[name]
-                parameter = nn.Parameter(buffer)
-                mark_parallel(parameter, 0)
-                super().register_parameter(fused, parameter)
         self._linears[index] = LinearNames("", None, sum(linear.sizes), bool(linear.biases))
+        for fused, names in zip(linear.fused, (linear.weights, linear.biases)):
+            held = index in self._quantized and names is linear.weights
+            buffer = self._whole(fused, names) if names and not held else None
+            self._fused.pop(fused, None)
+            for name in names:
+                del self._parameters[name]
+            if held:
+                self._show_quantized(index)
+            elif buffer is not None:
+                super().register_parameter(fused, nn.Parameter(buffer))
+            if names:
+                mark_parallel(getattr(self, fused), 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter):
@@ -164,6 +184,9 @@ class Module(nn.Module):
         """
         if param is not None and name in ("weight", "bias"):
             self._accept_whole(name)
+        for index, linear in enumerate(self.__dict__.get("_linears", ())):
+            if param is not None and name in linear.weights:
+                self._accept_quantized(index, name, param)
         super().register_parameter(name, param)
         for linear in self.__dict__.get("_linears", ()):
             if param is not None and name in (*linear.weights, *linear.biases) and self._fused.keys() & {*linear.fused}:
@@ -174,6 +197,69 @@ class Module(nn.Module):
             if linear.split and name in linear.fused and linear.weights[0] in self._parameters:
                 self._use_fused(index)
 
+    # --- weights held in FP8 only -----------------------------------------------------------------------------------
+
+    def _init_quantized(self, quantizer: Quantizer, weight: torch.Tensor, init: InitMethod) -> None:
+        """Initialise and quantize the weight of the last GEMM that was added."""
+        index, names = len(self._linears) - 1, self._linears[-1]
+        with torch.no_grad():
+            if not weight.is_meta:
+                for part in weight.split(names.sizes):
+                    init(part)
+            self._quantized[index] = quantizer(weight, Scales())[0]
+        self._show_quantized(index)
+        if STATE.preserve and not weight.is_meta:
+            for name, part in zip(names.weights, weight.split(names.sizes)):
+                getattr(self, name)._initial = part.to("cpu", copy=True)
+
+    def _show_quantized(self, index: int) -> None:
+        """Register views of a weight held in FP8 as its parameters, frozen, with the attributes of those before."""
+        linear, q, start = self._linears[index], self._quantized[index], 0
+        for name, rows in zip(linear.weights, linear.sizes):
+            view, before = Float8Tensor.from_quantized(rows_of(q, start, rows), (rows, q.shape[1])), self._parameters.get(name)
+            parameter = nn.Parameter(view, requires_grad=before is not None and before.requires_grad)
+            if isinstance(before, Float8Tensor):
+                vars(parameter).update({key: value for key, value in vars(before).items() if key not in vars(parameter)})
+            super().register_parameter(name, parameter)
+            start += rows
+
+    def _accept_quantized(self, index: int, name: str, parameter: nn.Parameter) -> None:
+        """Follow the assignment of a weight: its FP8 data is shared, a weight in high precision ends the FP8 one."""
+        held, shared = self._quantized.pop(index, None), parameter if isinstance(parameter, Float8Tensor) else None
+        if held is not None and self._linears[index].split:
+            self._quantized[index] = held
+            raise NotImplementedError(
+                f"{self._label}: .{name} is a part of one FP8 weight and cannot be assigned; use load_state_dict, or assign .weight"
+            )
+        if shared is not None and held is None:
+            raise NotImplementedError(
+                f"{self._label}: .{name} was given a Float8Tensor, which only layers built in quantized_model_init take; "
+                "assign its .dequantize()"
+            )
+        if shared is not None:
+            self._quantized[index] = shared.quantized
+
+    @property
+    def _views(self) -> dict[str, Any]:
+        """The parameters that show weights held in FP8."""
+        return {name: value for name, value in self._parameters.items() if isinstance(value, Float8Tensor)}
+
+    def _as_read(self, index: int, parameters: Parameters, options: GemmOptions) -> QuantizedTensor | None:
+        """A weight held in FP8 as a GEMM in FP8 reads it; for one in high precision its values go into `parameters`."""
+        q = self._quantized[index]
+        if not options.quantizes:
+            parameters.fused_weight = q.dequantize().to(options.dtype)
+            return None
+        assert options.rules is not None
+        quantizer = options.rules.weight
+        if not same_scaling(q.mode, quantizer.mode):
+            raise RuntimeError(
+                f"{self._label}: its weight was quantized as {q.mode.name}, which the autocast's "
+                f"{type(options.rules.recipe).__name__} cannot read (it wants {quantizer.mode.name}); give quantized_model_init "
+                "and autocast the same recipe, or use autocast(enabled=False)"
+            )
+        return with_transpose(q, quantizer) if options.input_grad else q
+
     @property
     def has_split_parameters(self) -> bool:
         """Whether a weight is made of several parameters."""
@@ -183,12 +269,15 @@ class Module(nn.Module):
         linear = self._linears[index]
         if linear.split and not torch.compiler.is_compiling():
             self._fuse()
-        weights = tuple(getattr(self, name) for name in linear.weights)
+        held = index in self._quantized  # the weight comes from _cached_weight
+        weights = tuple(None if held else getattr(self, name) for name in linear.weights)
         biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
-        fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split else None
+        fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split and not held else None
         fused_bias = self._whole(linear.fused[1], linear.biases) if linear.split and biases else None
-        if dtype is not None and weights[0].dtype != dtype:  # torch.autocast: autograd casts the gradients back
-            weights, biases = tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
+        if (
+            dtype is not None and getattr(self, linear.weights[0]).dtype != dtype
+        ):  # torch.autocast: autograd casts the gradients back
+            weights, biases = tuple(None if w is None else w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
             fused_weight, fused_bias = (None if t is None else t.to(dtype) for t in (fused_weight, fused_bias))
         return Parameters(weights, biases, fused_weight, fused_bias)
 
@@ -212,7 +301,15 @@ class Module(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Module:
         before = None if self._slot_range is None else self._device
-        super()._apply(fn, recurse)
+        views = self._views
+        self._parameters.update(dict.fromkeys(views))
+        try:
+            super()._apply(fn, recurse)
+            self._quantized = {index: applied(q, fn) for index, q in self._quantized.items()}
+        finally:
+            self._parameters.update(views)
+        for index in self._quantized:
+            self._show_quantized(index)
         self._weight_cache.clear()
         if self._slot_range is not None and before is not None:
             self._slots = self._slot_range.indices(self._device)  # to_empty() and type() spoil them
@@ -257,7 +354,23 @@ class Module(nn.Module):
         error_msgs: Any,
     ) -> None:
         state = state_dict.pop(prefix + "_extra_state", None)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        given = {name: state_dict.get(prefix + name) for name in self._parameters}
+        given = {name: value for name, value in given.items() if isinstance(value, Float8Tensor)}
+        state_dict.update({prefix + name: value.dequantize() for name, value in given.items()})
+        held, views, self._quantized = self._quantized, self._views, {}
+        for index, q in held.items():  # load into high precision first
+            linear = self._linears[index]
+            for name, part in zip(linear.weights, q.dequantize().split(linear.sizes)):
+                self._parameters[name] = nn.Parameter(part, requires_grad=False)
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            loaded = {name for name in views if prefix + name in state_dict}
+            held = {index: self._loaded(index, q, loaded, given) for index, q in held.items()}
+        finally:
+            self._quantized = held
+            self._parameters.update(views)
+            for index in held:
+                self._show_quantized(index)
         self._weight_cache.clear()
         self._fuse()
         if isinstance(state, torch.Tensor) and state.dtype == torch.float32 and state.numel() and self._slot_range is not None:
@@ -269,12 +382,31 @@ class Module(nn.Module):
         else:
             warn_of_foreign_state(f"{prefix}_extra_state", state)
 
+    def _loaded(self, index: int, before: QuantizedTensor, loaded: set[str], given: dict[str, Float8Tensor]) -> QuantizedTensor:
+        """A weight to hold in FP8 after its parameters were loaded in high precision; one `given` in FP8 is taken bit for bit."""
+        linear, quantizer = self._linears[index], self._weight_quantizer
+        assert quantizer is not None
+        self._fused.pop(linear.fused[0], None)
+        if not loaded.intersection(linear.weights):
+            return before
+        weight = torch.cat([getattr(self, name).detach() for name in linear.weights])
+        if given.keys() >= {*linear.weights}:
+            q = joined([given[name].quantized for name in linear.weights], quantizer.mode, weight.device, weight.dtype)
+            if q is not None and q.shape == before.shape:
+                return q
+        return quantizer(weight, Scales())[0]
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy.deepcopy: the copy gets slots of its own with the same state."""
         state = self.__dict__.copy()
         if self._slot_range is not None:
             state["_slot_range"] = (len(self._linears) or 1, self.scaling_state())
         state["_fused"], state["_weight_cache"] = {}, {}
+        state["_parameters"] = self._parameters | dict.fromkeys(self._views)  # made again from _quantized
+        # as bytes: torch cannot read FP8 storages from a plain pickle
+        state["_quantized"] = {
+            i: replace(q, data=q.data.view(torch.uint8)) for i, q in self._quantized.items() if q.data is not None
+        }
         state["_weight_grads"] = WeightGradStore(self._weight_grads.fuse, self._weight_grads.delay)
         return state
 
@@ -287,6 +419,11 @@ class Module(nn.Module):
             if exported is not None:
                 self._slot_range.restore(exported, self._device)
             renew_snapshot(self._device)
+        for index, q in self._quantized.items():
+            assert q.data is not None
+            assert self._weight_quantizer is not None
+            q.data = q.data.view(self._weight_quantizer.dtype)
+            self._show_quantized(index)
         self._fuse()
 
     # --- one call ---------------------------------------------------------------------------------------------------
@@ -352,17 +489,27 @@ class Module(nn.Module):
         first: bool | None,
     ) -> GemmOptions:
         """Options of GEMM number `index`. input_grad: whether a gradient must leave it through its input."""
-        weight_grad = training and any(weight.requires_grad for weight in parameters.weights)
+        weights = tuple(getattr(self, name) for name in self._linears[index].weights)  # not torch.autocast's copies
+        weight_grad = training and any(weight.requires_grad for weight in weights)
+        if weight_grad and index in self._quantized:
+            raise NotImplementedError(
+                f"{self._label}: training with FP8 primary weights (quantized_model_init) is not built yet; freeze them with "
+                "requires_grad_(False), run under torch.no_grad(), or build the layer outside of quantized_model_init"
+            )
         bias_grad = training and any(bias.requires_grad for bias in parameters.biases)
         at = None if rules is None else rules.at(index) if index else rules
         options = GemmOptions(at, dtype, input_grad and training, weight_grad, bias_grad, self._linears[index].sizes)
-        weights = tuple(getattr(self, name) for name in self._linears[index].weights)  # not torch.autocast's copies
         return self._weight_grads.attach(options, weights, first) if weight_grad else options
 
     def _cached_weight(
         self, index: int, parameters: Parameters, options: GemmOptions, scales: Scales, first: bool | None
     ) -> QuantizedTensor | None:
-        """The weight as quantized at the first microbatch: made anew if `first`, None where each call quantizes for itself."""
+        """The weight as quantized at the first microbatch: made anew if `first`, None where each call quantizes for itself.
+
+        One held in FP8 is given as it is, or put into `parameters` in high precision.
+        """
+        if index in self._quantized:
+            return self._as_read(index, parameters, options)
         if first is None or not options.quantizes:
             return None
         assert options.rules is not None
@@ -372,6 +519,7 @@ class Module(nn.Module):
         if first or not usable:
             with torch.no_grad():
                 weight = parameters.weights[0] if parameters.fused_weight is None else parameters.fused_weight
+                assert weight is not None
                 cached = quantizer(weight.detach(), scales, row=True, col=True)[0]
             self._weight_cache[index] = cached
         return cached

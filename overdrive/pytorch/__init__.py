@@ -17,6 +17,7 @@ from overdrive.modules.transformer import TransformerLayer
 from overdrive.parallel.checkpoint import checkpoint
 from overdrive.scaling.autocast import autocast, fp8_autocast, get_default_recipe
 from overdrive.scaling.float8_tensor import Float8Tensor
+from overdrive.scaling.quantized_init import fp8_model_init, quantized_model_init
 from overdrive.scaling.support import (
     is_bf16_available,
     is_fp8_available,
@@ -43,6 +44,7 @@ __all__ = [
     "autocast",
     "checkpoint",
     "fp8_autocast",
+    "fp8_model_init",
     "get_default_recipe",
     "is_bf16_available",
     "is_fp8_available",
@@ -50,14 +52,13 @@ __all__ = [
     "is_mxfp8_available",
     "is_nvfp4_available",
     "make_graphed_callables",
+    "quantized_model_init",
 ]
 
 _LATER = (
     "Fp8Padding",
     "Fp8Unpadding",
     "GroupedLinear",
-    "fp8_model_init",
-    "quantized_model_init",
 )
 
 

@@ -1,9 +1,8 @@
-"""`Float8Tensor`: a quantized activation as users see it, a tensor that autograd follows and the next Linear does not
-quantize again.
-"""
+"""`Float8Tensor`: a quantized activation or weight as users see it; autograd follows it and no layer quantizes it again."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,14 +19,16 @@ _NEW_SHAPE = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, 
 class Float8Tensor(torch.Tensor):
     """An FP8 tensor that looks like one of its nominal dtype (bf16, say).
 
-    Made by `fp8_output=True`. The overdrive layers take its FP8 data as they are; any other operation dequantizes first.
-    Saving it with torch.save stores the plain tensor of its values, so files hold no code of ours.
+    Made by `fp8_output=True` and, as a frozen parameter, by `quantized_model_init`. The overdrive layers take its FP8 data as
+    they are; any other operation dequantizes first. Saving it with torch.save stores the plain tensor of its values, so files
+    hold no code of ours.
     """
 
     _data: torch.Tensor | None
     _data_t: torch.Tensor | None
     _scale_inv: torch.Tensor
     _scale_inv_t: torch.Tensor | None
+    _initial: torch.Tensor | None = None
 
     @staticmethod
     def __new__(
@@ -59,6 +60,16 @@ class Float8Tensor(torch.Tensor):
         values = self.quantized.dequantize().view(self.shape)
         return values if dtype is None else values.to(dtype)
 
+    def get_high_precision_init_val(self) -> torch.Tensor | None:
+        """The values before the quantization, on the CPU; None unless this is a parameter that was built with
+        `quantized_model_init(preserve_high_precision_init_val=True)`.
+        """
+        return self._initial
+
+    def clear_high_precision_init_val(self) -> None:
+        """Free what `get_high_precision_init_val` gives."""
+        self._initial = None
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         fp8 = getattr(self, f"_{self._inner_names[0]}").dtype
         about = f"shape={list(self.shape)}, dtype={self.dtype}, fp8_dtype={fp8}, scaling={self._mode.name.lower()}"
@@ -66,6 +77,14 @@ class Float8Tensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantize().detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Float8Tensor:
+        if id(self) not in memo:
+            if not self.is_leaf:
+                raise RuntimeError("only Float8Tensors that are leaves of autograd's graph can be deep-copied; use .detach() first")
+            copied = Float8Tensor.from_quantized(copy.deepcopy(self.quantized, memo), self.shape)
+            memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        return memo[id(self)]
 
     def __tensor_flatten__(self):
         return [f"_{name}" for name in self._inner_names], (self._mode, self._matrix, self.dtype)
