@@ -325,6 +325,19 @@ def test_loading_part_of_a_state_dict(device):
     assert (held.q_bias == 1).all()
 
 
+@every_recipe
+def test_loads_stay_in_place(device, recipe):
+    """CUDA graphs know addresses, and a layer may share its weight."""
+    held, other = quantized("linear", recipe, device), quantized("linear", recipe, device)
+    other.weight, other.bias = held.weight, held.bias
+    before = held.weight.quantized.data.data_ptr(), held.weight.quantized.scale_inv.data_ptr()
+    for source in (stack("linear", device=device)[0], quantized("linear", recipe, device)):
+        held.load_state_dict(source.state_dict())
+        assert (held.weight.quantized.data.data_ptr(), held.weight.quantized.scale_inv.data_ptr()) == before
+        x = batch(0, device)
+        assert_same_bits(run(other, recipe, x), run(held, recipe, x))
+
+
 def test_loads_that_do_not_fit(device):
     held = quantized("linear", "current", device)
     before = held.weight.quantized.data.clone()
@@ -415,6 +428,20 @@ def test_compiles_to_one_graph(device, name, recipe, grad):
     for got, want in zip(results(compiled), results(held)):
         assert (got is None) == (want is None)
         assert want is None or assert_same_bits(got, want) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_recipe
+def test_layers_share_one_graph(device, recipe):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = [pair("layernorm_mlp", recipe, device)[1] for _ in range(3)]
+    body = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), fp8(RECIPES[recipe]):
+        x = batch(0, device)
+        for layer in layers:
+            assert_same_bits(body(layer, x), layer(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @every_recipe

@@ -274,9 +274,8 @@ class Module(nn.Module):
         biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
         fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split and not held else None
         fused_bias = self._whole(linear.fused[1], linear.biases) if linear.split and biases else None
-        if (
-            dtype is not None and getattr(self, linear.weights[0]).dtype != dtype
-        ):  # torch.autocast: autograd casts the gradients back
+        if dtype is not None and getattr(self, linear.weights[0]).dtype != dtype:
+            # torch.autocast: autograd casts the gradients back
             weights, biases = tuple(None if w is None else w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
             fused_weight, fused_bias = (None if t is None else t.to(dtype) for t in (fused_weight, fused_bias))
         return Parameters(weights, biases, fused_weight, fused_bias)
@@ -383,18 +382,28 @@ class Module(nn.Module):
             warn_of_foreign_state(f"{prefix}_extra_state", state)
 
     def _loaded(self, index: int, before: QuantizedTensor, loaded: set[str], given: dict[str, Float8Tensor]) -> QuantizedTensor:
-        """A weight to hold in FP8 after its parameters were loaded in high precision; one `given` in FP8 is taken bit for bit."""
+        """A weight to hold in FP8 after its parameters were loaded in high precision; one `given` in FP8 is taken bit for bit.
+
+        It stays in the memory that it had, as CUDA graphs and layers that share it expect.
+        """
         linear, quantizer = self._linears[index], self._weight_quantizer
         assert quantizer is not None
         self._fused.pop(linear.fused[0], None)
         if not loaded.intersection(linear.weights):
             return before
         weight = torch.cat([getattr(self, name).detach() for name in linear.weights])
+        q = None
         if given.keys() >= {*linear.weights}:
             q = joined([given[name].quantized for name in linear.weights], quantizer.mode, weight.device, weight.dtype)
-            if q is not None and q.shape == before.shape:
-                return q
-        return quantizer(weight, Scales())[0]
+        if q is None or q.shape != before.shape:
+            q = quantizer(weight, Scales())[0]
+        assert q.data is not None
+        assert before.data is not None
+        if (q.mode, q.dtype, q.data.device) != (before.mode, before.dtype, before.data.device):
+            return q
+        before.data.copy_(q.data)
+        before.scale_inv.copy_(q.scale_inv)
+        return before
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy.deepcopy: the copy gets slots of its own with the same state."""
