@@ -217,6 +217,9 @@ def test_split_weights_are_quantized_as_one(device, sizes, recipe):
     options = {"parameters_split": sizes, "device": device, "params_dtype": torch.bfloat16}
     features = (144, sum(sizes.values()))
     ordinary = te.Linear(*features, **options)
+    with torch.no_grad():  # blocks of different scales
+        for name in sizes:
+            getattr(ordinary, f"{name}_weight").copy_(torch.randn(sizes[name], 144) * torch.logspace(-3, 3, sizes[name])[:, None])
     with te.quantized_model_init(recipe=RECIPES[recipe]):
         held = te.Linear(*features, **options)
     held.load_state_dict(ordinary.state_dict(), strict=True)
@@ -377,12 +380,16 @@ def test_moves_and_dtypes(device, recipe):
     scales = {name: weight.quantized.scale_inv.clone() for name, weight in weights(held).items()}
     twin = copy.deepcopy(held).to("cpu").to(device)
     assert_same_weights(twin, held)
-    for change in (lambda m: m.float(), lambda m: m.to(torch.float32), lambda m: m.type(torch.float32)):
+    changes = {
+        torch.float32: (lambda m: m.float(), lambda m: m.to(torch.float32), lambda m: m.type(torch.float32)),
+        torch.float16: (lambda m: m.half(), lambda m: m.to(dtype=torch.float16), lambda m: m.type(torch.float16)),
+    }
+    for dtype, change in [(to, change) for to, ways in changes.items() for change in ways]:
         changed = change(copy.deepcopy(held))
-        x = batch(0, device, torch.float32)
-        assert run(changed, recipe, x).dtype == torch.float32
+        x = batch(0, device, dtype)
+        assert run(changed, recipe, x).dtype == dtype
         for name, weight in weights(changed).items():
-            assert weight.dtype == torch.float32
+            assert weight.dtype == dtype
             assert weight.quantized.data.dtype == torch.float8_e4m3fn
             assert_same_bits(weight.quantized.scale_inv, scales[name])
             assert_same_bits(weight.quantized.data, weights(held)[name].quantized.data)
