@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overdrive.functional.attention_mask import Mask, MaskKind, places, score_mask
+from overdrive.functional.attention_mask import Mask, MaskKind, places, score_mask, square_causal
+from overdrive.functional.flex import flex
 from overdrive.functional.node import applied, first_order
 from overdrive.functional.packing import Packing
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
@@ -58,7 +59,7 @@ class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
     sdpa: which of torch's it is; package: or what must be installed for it. heavy: it takes more host time than others.
-    scores: whether it takes a softmax offset and gives the largest logit.
+    offset, max_logit: whether it takes and gives what Scores says. on_request: it runs only where it is forced.
     """
 
     name: str
@@ -76,7 +77,9 @@ class Backend(NamedTuple):
     heavy: bool = False
     package: str | None = None
     biases: tuple[str, ...] = ("none",)
-    scores: bool = False
+    offset: bool = False
+    max_logit: bool = False
+    on_request: bool = False
 
 
 BACKENDS = (
@@ -116,7 +119,8 @@ BACKENDS = (
         biases=("none", "constant"),
     ),
     Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES),
-    Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, scores=True),
+    Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, offset=True, max_logit=True),
+    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, on_request=True),
 )
 """Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; the reference takes all."""
 
@@ -167,8 +171,10 @@ def _refusal(backend: Backend, case: Case) -> str:
         return "takes no mask tensor"
     if case.bias not in backend.biases:
         return "takes no bias" if len(backend.biases) == 1 else "gives no gradient for the bias"
-    if (case.offset or case.max_logit) and not backend.scores:
-        return "has the vanilla softmax only" if case.offset else "does not give the largest logit"
+    if case.offset and not backend.offset:
+        return "has the vanilla softmax only"
+    if case.max_logit and not backend.max_logit:
+        return "does not give the largest logit"
     if case.dropout != "none" and not backend.dropout:
         return "has no dropout"
     if case.dropout == "any" and backend.coarse_dropout and _capability()[0] in backend.coarse_dropout:
@@ -205,7 +211,7 @@ def _chosen(forced: str, case: Case) -> Route:
             raise _cannot_run(forced, reason)
         names = (forced,)
     else:
-        fitting = (backend for backend in BACKENDS if case.size == "large" or not backend.heavy)
+        fitting = (backend for backend in BACKENDS if not backend.on_request and (case.size == "large" or not backend.heavy))
         names = tuple(backend.name for backend in fitting if not _refusal(backend, case))
         names = tuple(name for name in names if name in _SDPA) if names[0] in _SDPA else names[:1]
     return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
@@ -337,6 +343,8 @@ def attention(
         return _flash_attention_4(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
     if names[0] == "reference":
         return reference_attention(query, key, value, mask, causal, dropout, scale)[0]
+    if names[0] == "flex":
+        return flex(query, key, value, mask, causal, scale)
     if repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return _sdpa(names, query, key, value, mask, causal, dropout, scale)
@@ -351,15 +359,17 @@ def scored_attention(
     names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
     if names[0] == "reference":
         return reference_attention(query, key, value, mask, causal, dropout, scale, bias, scores.offset, scores.max_logit, dead)
+    if names[0] == "flex":
+        return flex(query, key, value, mask, causal, scale, bias, scores.offset), None
     if repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return _sdpa(names, query, key, value, _biased(bias, mask, causal, query, key), False, dropout, scale), None
+    return _sdpa(names, query, key, value, _biased(bias, mask, causal, query), False, dropout, scale), None
 
 
-def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query, key) -> torch.Tensor | None:
+def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query) -> torch.Tensor | None:
     """bias and mask as the one tensor [.., .., S, T] of Q's dtype that torch adds to the scores."""
     if causal:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = square_causal(query.shape[2], query.device)
     if bias is None:
         return mask
     if mask is not None:
@@ -378,7 +388,7 @@ def reference_attention(
     key, value = (x.to(dtype).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        mask = _biased(None, mask, causal, query, key)
+        mask = _biased(None, mask, causal, query)
         if bias is not None:
             logits = logits + bias
         if mask is not None:
@@ -540,7 +550,7 @@ def explain(
     rest = () if scores is None else _scores_case(scores, bias)
     case = Case(*_case(query, key, value, mask, causal, dropout, *rest))
     if bias is not None:
-        mask, causal = _biased(bias, mask, causal, query, key), False
+        mask, causal = _biased(bias, mask, causal, query), False
     forced = os.environ.get(VARIABLE, "")
     if _chosen(forced, case).repeat:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -549,6 +559,8 @@ def explain(
         reason = _refusal(backend, case) or _torch_refusal(backend, query, key, value, mask, causal, dropout)
         if forced:
             reason = reason or (f"{VARIABLE}={forced}" if backend.name != forced else "")
+        elif backend.on_request:
+            reason = reason or f"runs only where {VARIABLE} forces it"
         elif chosen:
             reason = reason or f"{chosen} is faster"
         elif backend.heavy and case.size == "small":

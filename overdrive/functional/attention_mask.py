@@ -67,6 +67,11 @@ def check_mask(kind: MaskKind, mask: Mask, batch: int, heads: int, queries: int,
             )
 
 
+def square_causal(length: int, device: torch.device) -> torch.Tensor:
+    """The score mask bool [1, 1, S, S] that `causal` stands for."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+
+
 def diagonal(kind: MaskKind, mask: Mask, queries: int, keys: int) -> int | torch.Tensor:
     """How many keys to the right of its own index a query stands; with padding int64 [B, 1, 1, 1]."""
     if not kind.bottom_right:

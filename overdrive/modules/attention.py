@@ -98,7 +98,7 @@ class DotProductAttention(torch.nn.Module):
     head's largest score. attention_type: "self" or "cross" say what the inputs are; the arithmetic is one. get_rng_state_tracker: a
     callable whose result's fork() is entered around attention. Sizes that do not divide, names unknown and windows that contradict
     the mask type raise ValueError; what is not built yet NotImplementedError. `explain` says which backend runs;
-    OVERDRIVE_ATTENTION forces one of cudnn, flash, efficient, flash-attn-4, cpu, math, reference.
+    OVERDRIVE_ATTENTION forces one of cudnn, flash, efficient, flash-attn-4, cpu, math, reference, flex.
     """
 
     def __init__(

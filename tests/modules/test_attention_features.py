@@ -9,7 +9,8 @@ import random
 import pytest
 import torch
 
-from overdrive.functional.attention import default_slopes
+from overdrive.functional.attention import default_slopes, reference_attention
+from overdrive.functional.flex import flex
 from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
@@ -418,3 +419,35 @@ def test_forced_backend_that_lacks_the_softmax_says_so(device, monkeypatch):
         DotProductAttention(4, 8, softmax_type="learnable").to(device)(q, q, q)
     with pytest.raises(ValueError, match="does not give the largest logit"):
         DotProductAttention(4, 8, return_max_logit=True)(q, q, q)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("mask", [None, "causal", "tensor"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_flex_is_the_reference(mask, biased, with_offset, device):
+    """On the CPU torch's dense form of it."""
+    q, k, v = (torch.randn(2, heads, 70, 16, device=device) for heads in (4, 2, 2))
+    bias = torch.randn(1, 4, 70, 70, device=device) if biased else None
+    offset = torch.randn(4, device=device) if with_offset else None
+    hidden = None
+    if mask == "tensor":
+        hidden = torch.rand(2, 1, 70, 70, device=device) < 0.6
+        hidden[..., 0] = True
+    want, _ = reference_attention(*(x.double() for x in (q, k, v)), hidden, mask == "causal", 0.0, 0.3, bias, offset)
+    assert_close(flex(q, k, v, hidden, mask == "causal", 0.3, bias, offset), want.cpu(), torch.float32, depth=4)
+
+
+def test_flex_runs_only_on_request(device):
+    q = torch.randn(7, 2, 4, 16, device=device)
+    why = DotProductAttention(4, 16).explain(q, q, q, window_size=(2, 0)).passed_over["flex"]
+    assert why == ("runs only where OVERDRIVE_ATTENTION forces it" if device == "cuda" else "runs on cuda only, not on cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("case", [case for case in CASES if min(case["dims"]) >= 16 and not case["max_logit"]], ids=str)
+def test_pairs_on_flex(case, device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flex")
+    torch.manual_seed(0)
+    Trial(case, device).check()

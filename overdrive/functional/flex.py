@@ -1,0 +1,53 @@
+"""torch's flex_attention, which skips the blocks of scores that a mask hides and takes biases with gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from overdrive.functional.attention_mask import square_causal
+
+
+@functools.cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention  # its import takes a while
+
+    return torch.compile(flex_attention)
+
+
+def flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, H, S, D], [B, G, T, D], [B, G, T, E] -> [B, H, S, E]; mask, causal, bias and offset as in scored_attention.
+
+    Outside of CUDA it is torch's dense form of it, forward only.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    batch, heads, queries, _ = query.shape
+    keys, blocks = key.shape[2], None
+    if causal:
+        mask = square_causal(queries, query.device)
+    if mask is not None:
+        lead = (None if mask.shape[0] == 1 else batch, None if mask.shape[1] == 1 else heads)
+        allowed = mask.expand(batch, heads, queries, keys)
+        blocks = create_block_mask(lambda b, h, i, j: allowed[b, h, i, j], *lead, queries, keys, query.device)
+    added = None if bias is None else bias.expand(batch, heads, queries, keys)
+    add_bias = None if added is None else lambda score, b, h, i, j: score + added[b, h, i, j]
+    run = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    aux = None if offset is None else AuxRequest(lse=True)
+    result: Any = run(query, key, value, add_bias, blocks, scale, query.shape[1] != key.shape[1], return_aux=aux)
+    if offset is None:
+        return result
+    out, lse = result[0], result[1].lse
+    # exp(lse) / (exp(lse) + exp(offset)) of the probability is left beside the one more key
+    return (out * torch.sigmoid(lse - offset.view(1, -1, 1)).unsqueeze(-1)).to(query.dtype)
