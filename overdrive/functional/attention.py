@@ -292,9 +292,8 @@ def default_slopes(heads: int, device: torch.device | None = None) -> torch.Tens
     root (Press et al., arXiv:2108.12409).
     """
     whole = 2 ** (heads.bit_length() - 1)
-    powers = [-8 * i / whole for i in range(1, whole + 1)]
-    powers += [-4 * i / whole for i in range(1, 2 * (heads - whole), 2)]
-    return torch.tensor(powers, device=device).exp2()
+    head = torch.arange(1, heads + 1, device=device, dtype=torch.float32)
+    return torch.where(head <= whole, -8 * head / whole, -4 * (2 * (head - whole) - 1) / whole).exp2()
 
 
 def _bias(scores: Scores, kind: MaskKind, mask: Mask, query: torch.Tensor, keys: int, scale: float | None) -> torch.Tensor | None:
@@ -367,14 +366,15 @@ def scored_attention(
 
 
 def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query) -> torch.Tensor | None:
-    """bias and mask as the one tensor [.., .., S, T] of Q's dtype that torch adds to the scores."""
+    """bias and mask as the one tensor [.., .., S, T] that torch adds to the scores, in f32 as bf16 rounds ALiBi's far ends."""
     if causal:
         mask = square_causal(query.shape[2], query.device)
     if bias is None:
         return mask
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf)
-    return bias.expand(-1, -1, query.shape[2], -1).to(query.dtype)
+    bias = bias.expand(-1, -1, query.shape[2], -1)
+    return bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
 def reference_attention(
