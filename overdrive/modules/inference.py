@@ -234,6 +234,8 @@ class InferenceParams:
 
     def _planned(self, key: Any, make: Any) -> Any:
         """What all layers of a step share, made by the first; a graph that is captured makes its own, to renew it at replay."""
+        if torch.compiler.is_compiling():  # the compiler finds what is the same
+            return make()
         key = (*key, self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         if key not in self._plans:
             self._plans[key] = make()
@@ -291,6 +293,19 @@ class InferenceParams:
         )
 
 
+def _check_type(module: str, inference_params: Any) -> None:
+    if not isinstance(inference_params, InferenceParams):
+        raise TypeError(f"{module}: inference_params must be an InferenceParams, got {type(inference_params).__name__}")
+
+
+def first_positions(module: str, inference_params: Any, batch: int) -> tuple[torch.Tensor, int] | None:
+    """(position of each sequence's first new token, int [batch]; tokens of the longest sequence), None without inference_params."""
+    if inference_params is None:
+        return None
+    _check_type(module, inference_params)
+    return inference_params.start_positions(batch), inference_params.longest
+
+
 def attend_to_cache(
     module: str,
     layer_number: int | None,
@@ -305,8 +320,7 @@ def attend_to_cache(
     scale: float,
 ) -> torch.Tensor:
     """Append K and V to the layer's cache, and attend to all of it: [S, B, H, D], [S, B, G, D], [S, B, G, E] -> [S, B, H * E]."""
-    if not isinstance(inference_params, InferenceParams):
-        raise TypeError(f"{module}: inference_params must be an InferenceParams, got {type(inference_params).__name__}")
+    _check_type(module, inference_params)
     if layer_number is None:
         raise ValueError(f"{module}: inference_params keeps a cache per layer, and this one has no layer_number; give it one")
     if kind._replace(padding=False, causal=False, bottom_right=True) != MaskKind():
@@ -320,4 +334,5 @@ def attend_to_cache(
     batch_first = layout == "bshd"
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
-    return attend(query, keys, values, *inference_params.mask(batch, new, kind.causal), batch_first, scale)
+    mask, dead = inference_params.mask(batch, new, kind.causal)
+    return attend(query, keys, values, mask, dead, batch_first, scale)

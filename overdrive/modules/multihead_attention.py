@@ -10,8 +10,8 @@ from overdrive.functional.attention_mask import Mask
 from overdrive.functional.qkv import QKVLayout, outputs_of
 from overdrive.modules.attention import DotProductAttention, gqa_groups, qkv_layout
 from overdrive.modules.base import autocasts
-from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse_parallelism
-from overdrive.modules.inference import InferenceParams
+from overdrive.modules.checks import NORMALIZATIONS, InitMethod, default_device, one_of, positive_int, refuse_parallelism
+from overdrive.modules.inference import first_positions
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.linear import Linear
 from overdrive.modules.qk_norm import head_norm
@@ -198,7 +198,7 @@ class MultiheadAttention(torch.nn.Module):
             attention_type=attention_type,
             softmax_type=softmax_type,
             name=f"{name}.core_attention" if name else None,
-        )
+        ).to(default_device(device))  # softmax_offset
         self.proj = Linear(
             query_size,
             hidden_size,
@@ -317,14 +317,14 @@ class MultiheadAttention(torch.nn.Module):
             )
 
     def _position(
-        self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any, cache: InferenceParams | None
+        self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any, inference_params: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and K normed and turned, as far as asked for and in the order asked for."""
         if self.q_norm is not None and self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)
         if rotary_pos_emb is not None:
             interleaved = self.rotary_pos_interleaved
-            start = None if cache is None else (cache.start_positions(query.shape[self.qkv_format.index("b")]), cache.longest)
+            start = first_positions(self._label, inference_params, query.shape[self.qkv_format.index("b")])
             query, key = rotate_query_and_key(self._label, query, key, rotary_pos_emb, self.qkv_format, interleaved, start)
         if self.q_norm is not None and not self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)

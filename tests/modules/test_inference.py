@@ -208,6 +208,26 @@ def test_under_autocast_the_cache_is_of_its_dtype(device):
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Online softmax.*")  # torch.compile's own
+def test_a_compiled_layer_decodes_without_recompiling(device):
+    """One graph for the prompt, one for all tokens after it."""
+    options = {"layer_number": 1, "attn_input_format": "bshd", "hidden_dropout": 0.0, "attention_dropout": 0.0, "device": device}
+    layer = te.TransformerLayer(HEADS * DIM, 128, HEADS, GROUPS, **options).eval()
+    torch._dynamo.reset()
+    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(2, 16, HEADS * DIM, device=device)
+    freqs, params, expected = te.RotaryPositionEmbedding(DIM)(LENGTH).to(device), cache(device), cache(device)
+    params.allocate_memory(1)
+    with torch.no_grad():
+        for index, (done, count) in enumerate([(0, 4), *((4 + i, 1) for i in range(12))]):
+            for cached in (params, expected):
+                cached.pre_step({"a": count, "b": count})
+            new = x[:, done : done + count]
+            want = layer(new, inference_params=expected, rotary_pos_emb=freqs)
+            with torch._dynamo.config.patch(error_on_recompile=index > 1):
+                out = compiled(new, inference_params=params, rotary_pos_emb=freqs)
+            assert_close(out, want.double().cpu(), torch.float32, depth=8)
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +300,10 @@ def test_calls_that_make_no_sense(device):
     params.pre_step({0: 1})
     with pytest.raises(TypeError, match="inference_params must be an InferenceParams, got object"):
         core()(q, k, v, inference_params=object())
+    attention = te.MultiheadAttention(HEADS * DIM, HEADS, device=device, layer_number=1)
+    x, angles = torch.randn(1, 1, HEADS * DIM, device=device), te.RotaryPositionEmbedding(DIM)(4).to(device)
+    with pytest.raises(TypeError, match="inference_params must be an InferenceParams, got object"):
+        attention(x, inference_params=object(), rotary_pos_emb=angles)
     with pytest.raises(ValueError, match=r"inference_params .* no layer_number"):
         te.DotProductAttention(HEADS, DIM, GROUPS, qkv_format="bshd")(q, k, v, inference_params=params)
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
