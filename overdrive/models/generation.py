@@ -35,13 +35,13 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 class Decoder:
     """The logits after each of up to `batch` sequences, from a cache of what came before.
 
-    On a GPU, a step of one token for each sequence is the replay of a CUDA graph, captured when the second such step comes; inside
-    an autocast, whose scales may change from step to step, it is not.
+    graphed: on a GPU, a step of one token for each sequence is the replay of a CUDA graph, captured when the second such step comes;
+    inside an autocast, whose scales may change from step to step, it is not.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, **options: Any) -> None:
+    def __init__(self, model: LanguageModel, batch: int, graphed: bool = False, **options: Any) -> None:
         """options: see InferenceParams."""
-        self.model, self.cache = model, model.cache(batch, **options)
+        self.model, self.cache, self.graphed = model, model.cache(batch, **options), graphed
         self.graph: torch.cuda.CUDAGraph | None = None
         self._last = torch.zeros(batch, 1, dtype=torch.long, device=self.cache.device)
         self._warm, self._logits = False, torch.empty(0)
@@ -54,7 +54,7 @@ class Decoder:
         tokens = torch.tensor(padded, device=self.cache.device)
         self.cache.pre_step(dict(zip(new, lengths)))
         context, _ = current_context()
-        if tokens.is_cuda and max(lengths) == 1 and context.rules is None and context.snapshots is None:
+        if self.graphed and tokens.is_cuda and max(lengths) == 1 and context.rules is None and context.snapshots is None:
             return self._replay(tokens)
         logits = self.model(tokens, inference_params=self.cache)
         return torch.stack([row[length - 1] for row, length in zip(logits, lengths)]).float()

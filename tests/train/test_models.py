@@ -198,7 +198,7 @@ def test_each_prompt_of_a_batch_draws_as_it_does_alone(device, kind):
 def test_logits_from_a_cache_are_those_of_all_tokens(device, dtype, memory, kind):
     model = outspoken(kind, device, dtype)
     said = {name: torch.randint(0, 256, (16,)).tolist() for name in range(3)}
-    decoder, ends = Decoder(model, 3, **memory), {0: 3, 1: 7, 2: 1}
+    decoder, ends = Decoder(model, 3, graphed=True, **memory), {0: 3, 1: 7, 2: 1}
     known = decoder.cache.sequences
     for new in (3, 1, 1, 1, 4):  # new tokens of the next step; one sequence ends before the others
         logits = decoder({name: said[name][known.get(name, 0) : end] for name, end in ends.items()})
@@ -220,7 +220,7 @@ def test_a_cache_goes_with_fp8(device, kind, recipe):
     with te.autocast(recipe=RECIPES[recipe]):
         model(torch.tensor([said], device=device))  # records amaxes
     with te.autocast(recipe=RECIPES[recipe]):
-        decoder = Decoder(model, 1)
+        decoder = Decoder(model, 1, graphed=True)
         for end in range(4, 13):
             logits = decoder({0: said[decoder.cache.sequences.get(0, 0) : end]})
             assert relative_error(logits[0], next_logits(model, said[:end])) < 0.1
