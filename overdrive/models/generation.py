@@ -35,8 +35,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 class Decoder:
     """The logits after each of up to `batch` sequences, from a cache of what came before.
 
-    graphed: on a GPU, a step of one token for each sequence is the replay of a CUDA graph, captured when the second such step comes;
-    inside an autocast, whose scales may change from step to step, it is not.
+    graphed: on a GPU, a step of one token for each sequence is the replay of a CUDA graph, captured when the second such step
+    comes; inside an autocast, whose scales may change from step to step, it is not.
     """
 
     def __init__(self, model: LanguageModel, batch: int, graphed: bool = False, **options: Any) -> None:
