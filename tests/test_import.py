@@ -57,9 +57,9 @@ def test_runs_on_a_cpu_with_nothing_but_torch(recipe):
 def test_kernels_say_that_they_need_triton():
     code = BLOCK.format(blocked=("triton",)) + textwrap.dedent(
         """
-        from overdrive.ops.library import _Kernel
+        from overdrive.ops.library import Kernel
         try:
-            _Kernel(("quantize", "quantize")).load()
+            Kernel(("quantize", "quantize")).load()
         except RuntimeError as error:
             print(error)
         """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from overdrive.ops.library import define
+from overdrive.ops.library import Kernel, define
 from overdrive.ops.quantize import BLOCK, Mode
 
 
@@ -63,10 +63,9 @@ def _sms_of_hopper(device: torch.device) -> int:
 def _own_kernel() -> Callable[..., torch.Tensor] | None:
     """kernels.gemm.block_gemm, None where Triton's experimental Gluon is not as it was when that was written."""
     try:
-        from overdrive.kernels.gemm import block_gemm
+        return Kernel(("gemm", "block_gemm")).load()
     except (ImportError, AttributeError):
         return None
-    return block_gemm
 
 
 def _prefers_own_kernel(a: torch.Tensor, b: torch.Tensor, mode_a: int, mode_b: int) -> bool:

@@ -19,7 +19,7 @@ def _nothing(device: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
 
 
-class _Kernel:
+class Kernel:
     """A CUDA implementation; one named by (family, function) is imported when first needed."""
 
     def __init__(self, kernel: tuple[str, str] | Callable[..., Any]) -> None:
@@ -68,13 +68,13 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _filled(reference), "CPU")
-    implementation = _Kernel(kernel)
+    implementation = Kernel(kernel)
     _LIBRARY.impl(name, _filled(implementation), "CUDA")
     torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
-def _direct(overload: Callable[..., Any], kernel: _Kernel) -> Callable[..., Any]:
+def _direct(overload: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
     """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
 
     def op(*args: Any) -> Any:
