@@ -27,6 +27,7 @@ class Kernel:
         self.function = kernel if callable(kernel) else None
 
     def load(self) -> Callable[..., Any]:
+        """The function; RuntimeError if that needs a triton which is not installed."""
         family, function = self.name  # pyright: ignore[reportGeneralTypeIssues]
         try:
             self.function = getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)
