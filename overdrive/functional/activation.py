@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from overdrive.functional.gemm import GemmOptions, calibrate, releases
+from overdrive.functional.gemm import GemmOptions, calibrated, quantizing, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
 from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand
@@ -28,14 +28,12 @@ class ActivationOptions:
 
 def activate(h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions, scales: Scales) -> Operand:
     """The activation of h [T, F or 2F] as the input [T, F] of `gemm`, quantized by the same kernel where that runs in FP8."""
-    rules = gemm.rules
+    rules = quantizing(gemm.rules)
     shape = (h.shape[0], h.shape[1] // 2 if options.gated else h.shape[1])
-    quantizer = rules.input if rules is not None and rules.quantizes else None
+    quantizer = None if rules is None else rules.input
     arguments = (h, options.name, options.limit, options.alpha)
     y, _ = produce(activation, arguments, quantizer, scales, shape, h.dtype, True, gemm.weight_grad)
-    if rules is not None and isinstance(y, torch.Tensor):
-        calibrate(y, rules.input, scales)
-    return y
+    return calibrated(y, gemm.rules, scales)
 
 
 def activation_gradient(
@@ -45,8 +43,8 @@ def activation_gradient(
     place of dy, or of a gated h, wherever that is not needed any more.
     """
     arguments = (dy, h, options.name, options.limit, options.alpha, gemm.bias_grad)
-    rules = gemm.rules
-    quantizer = rules.grad_output if rules is not None and rules.quantizes else None
+    rules = quantizing(gemm.rules)
+    quantizer = None if rules is None else rules.grad_output
     if quantizer is None and not torch.compiler.is_compiling() and (not options.gated or releases()):
         dh = h if options.gated else dy
         dbias = activation_backward_into(dh, *arguments)

@@ -321,6 +321,11 @@ def _scores_case(scores: Scores, bias: torch.Tensor | None) -> tuple[str, bool, 
     return kind, scores.offset is not None, scores.max_logit
 
 
+def _repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """K and V with a head for each of Q's."""
+    return tuple(x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -345,7 +350,7 @@ def attention(
     if names[0] == "flex":
         return flex(query, key, value, mask, causal, scale)
     if repeat:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        key, value = _repeated(query, key, value)
     return _sdpa(names, query, key, value, mask, causal, dropout, scale)
 
 
@@ -361,7 +366,7 @@ def scored_attention(
     if names[0] == "flex":
         return flex(query, key, value, mask, causal, scale, bias, scores.offset), None
     if repeat:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        key, value = _repeated(query, key, value)
     return _sdpa(names, query, key, value, _biased(bias, mask, causal, query), False, dropout, scale), None
 
 
@@ -385,7 +390,7 @@ def reference_attention(
     dead: rows that count for nothing in each head's largest score, which is -inf where there is none.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    key, value = (x.to(dtype).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    key, value = _repeated(query, key.to(dtype), value.to(dtype))
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
         mask = _biased(None, mask, causal, query)
@@ -553,7 +558,7 @@ def explain(
         mask, causal = _biased(bias, mask, causal, query), False
     forced = os.environ.get(VARIABLE, "")
     if _chosen(forced, case).repeat:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        key, value = _repeated(query, key, value)
     chosen, passed_over = "", {}
     for backend in BACKENDS:
         reason = _refusal(backend, case) or _torch_refusal(backend, query, key, value, mask, causal, dropout)

@@ -40,7 +40,7 @@ class GemmOptions:
     @property
     def quantizes(self) -> bool:
         """Whether the GEMM runs in FP8."""
-        return self.rules is not None and self.rules.quantizes
+        return quantizing(self.rules) is not None
 
 
 def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = False) -> torch.Tensor:
@@ -58,14 +58,25 @@ def calibrate(x: torch.Tensor, quantizer: Quantizer, scales: Scales) -> None:
         record_amax(SLOTS.counters[with_index(x.device)], x, scales.slots, quantizer.slot, quantizer.tenant)
 
 
+def quantizing(rules: Rules | None) -> Rules | None:
+    """`rules` where they quantize; None in high precision and in calibration."""
+    return rules if rules is not None and rules.quantizes else None
+
+
+def calibrated(x: Operand, rules: Rules | None, scales: Scales) -> Operand:
+    """x, a GEMM's input, its amax recorded where that is all that the rules ask for."""
+    if rules is not None and isinstance(x, torch.Tensor):
+        calibrate(x, rules.input, scales)
+    return x
+
+
 def input_operand(x: Operand, options: GemmOptions, scales: Scales, row_only: bool = False) -> Operand:
     """x as the forward GEMM reads it; unless row_only, in both layouts where a weight gradient will want the other."""
     rules = options.rules
     if rules is None or isinstance(x, QuantizedTensor):
         return x
     if not rules.quantizes:
-        calibrate(x, rules.input, scales)
-        return x
+        return calibrated(x, rules, scales)
     return rules.input(x, scales, row=True, col=options.weight_grad and not row_only)[0]
 
 
@@ -84,9 +95,9 @@ def weight_operand(weight: torch.Tensor, options: GemmOptions, scales: Scales, c
 
 def grad_operand(dy: torch.Tensor, options: GemmOptions, scales: Scales) -> tuple[Operand, torch.Tensor | None]:
     """(dy as the backward GEMMs read it, bias gradient)."""
-    if options.quantizes:
-        assert options.rules is not None
-        return options.rules.grad_output(dy, scales, options.input_grad, options.weight_grad, options.bias_grad)
+    rules = quantizing(options.rules)
+    if rules is not None:
+        return rules.grad_output(dy, scales, options.input_grad, options.weight_grad, options.bias_grad)
     return dy, column_sum(dy) if options.bias_grad else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from overdrive.functional.gemm import calibrate
+from overdrive.functional.gemm import calibrated, quantizing
 from overdrive.functional.node import applied, first_order
 from overdrive.ops.norm import norm, norm_backward
 from overdrive.ops.residual import residual_norm
@@ -39,7 +39,7 @@ def normalize(
     """(norm of x [T, K] as the next GEMM's input, mean, rstd); quantized by the same kernel where `rules` say so."""
     arguments = (x, gamma, beta, *_arguments(options))
     out, (mean, rstd) = produce(norm, arguments, _quantizer(rules), scales, (x.shape[0], x.shape[1]), x.dtype, True, col)
-    return _calibrated(out, rules, scales), mean, rstd
+    return calibrated(out, rules, scales), mean, rstd
 
 
 def residual_normalize(
@@ -59,7 +59,7 @@ def residual_normalize(
     arguments = (x, bias, residual, p, seed, gamma, beta, *_arguments(options))
     shape = (residual.shape[0], residual.shape[1])
     out, (total, mean, rstd) = produce(residual_norm, arguments, _quantizer(rules), scales, shape, residual.dtype, True, col, at=1)
-    return total, _calibrated(out, rules, scales), mean, rstd
+    return total, calibrated(out, rules, scales), mean, rstd
 
 
 def _arguments(options: NormOptions) -> tuple[Any, ...]:
@@ -67,13 +67,8 @@ def _arguments(options: NormOptions) -> tuple[Any, ...]:
 
 
 def _quantizer(rules: Rules | None) -> Quantizer | None:
-    return rules.input if rules is not None and rules.quantizes else None
-
-
-def _calibrated(out: Operand, rules: Rules | None, scales: Scales) -> Operand:
-    if rules is not None and isinstance(out, torch.Tensor):
-        calibrate(out, rules.input, scales)
-    return out
+    rules = quantizing(rules)
+    return None if rules is None else rules.input
 
 
 def norm_gradient(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from overdrive.functional.attention import split_qkv
-from overdrive.functional.gemm import GemmOptions, grad_operand
+from overdrive.functional.gemm import GemmOptions, grad_operand, quantizing
 from overdrive.ops.qkv import qkv_gradient
 from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand
@@ -78,8 +78,8 @@ def outputs_gradient(
     if whole is not None:
         return grad_operand(whole, options, scales)
     arguments = (dq, dk, dv, layout.interleaved, options.bias_grad)
-    rules = options.rules
-    quantizer = rules.grad_output if rules is not None and rules.quantizes else None
+    rules = quantizing(options.rules)
+    quantizer = None if rules is None else rules.grad_output
     shape, layouts = (dq.shape[0] * dq.shape[1], layout.features), (options.input_grad, options.weight_grad)
     dy, (dbias,) = produce(qkv_gradient, arguments, quantizer, scales, shape, dq.dtype, *layouts)
     return dy, dbias if options.bias_grad else None

@@ -208,9 +208,8 @@ class DotProductAttention(torch.nn.Module):
         attend to nothing, gives zeros. core_attention_bias [1 or B, 1 or H, 1 or S, T] is added before (core_attention_bias_type
         pre_scale_bias) or after (post_scale_bias) the scores are scaled; alibi takes off alibi_slopes f32 [H] or [B, H] (a
         geometric sequence unless given) times the distance. checkpoint_core_attention: keep only Q, K and V, and attend again in
-        backward. inference_params: an InferenceParams, to whose cache K and V are appended, for Q to attend to
-        all of it. With return_max_logit the result is (that, f32 [H]: each head's largest score, -inf where there is none, without
-        gradient).
+        backward. inference_params: an InferenceParams, to whose cache K and V are appended, for Q to attend to all of it. With
+        return_max_logit the result is (that, f32 [H]: each head's largest score, -inf where there is none, without gradient).
         ValueError or TypeError for shapes, dtypes, devices that do not fit.
         """
         if fp8_output or num_splits != 1:
@@ -221,8 +220,7 @@ class DotProductAttention(torch.nn.Module):
             padded = (cu_seqlens_q_padded, cu_seqlens_kv_padded)
             lengths = Lengths(cu_seqlens_q, cu_seqlens_kv, *padded, max_seqlen_q, max_seqlen_kv, pad_between_seqs)
         if inference_params is not None:
-            layout = self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
-            kind = self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
+            layout, kind = self._layout_of_call(qkv_format), self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
             scores = self._scores(core_attention_bias_type, core_attention_bias, alibi_slopes, query_layer.device)
             if layout == "thd" or scores is not None or lengths is not NOTHING_SAID:
                 raise NotImplementedError(
@@ -265,8 +263,7 @@ class DotProductAttention(torch.nn.Module):
         alibi_slopes: torch.Tensor | None = None,
     ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """(what computes forward's result, its arguments), which fit."""
-        layout = self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
-        kind = self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
+        layout, kind = self._layout_of_call(qkv_format), self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
         self._check(query, key, value, layout)
         dropout = self.attention_dropout if self.training else 0.0
         scores = self._scores(core_attention_bias_type, core_attention_bias, alibi_slopes, query.device)
@@ -362,6 +359,9 @@ class DotProductAttention(torch.nn.Module):
             raise ValueError(
                 f"{self._label}: alibi_slopes must be [{heads} heads] or [{batch}, {heads} heads], got {list(slopes.shape)}"
             )
+
+    def _layout_of_call(self, qkv_format: str | None) -> str:
+        return self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
 
     def _kind_of_call(self, attn_mask_type: str | None, window_size: Any, bottom_right_diagonal: bool | None) -> MaskKind:
         if attn_mask_type is None and window_size is None and bottom_right_diagonal is None:
