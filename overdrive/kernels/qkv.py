@@ -68,6 +68,6 @@ def qkv_gradient(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleav
     if all(s0 == inner * s1 for s0, s1, _ in strides):  # one stride from token to token: nothing to divide
         strides, inner = [(s1, 0, s2) for _, s1, s2 in strides], 1
     args = (dq, dk, dv, *strides, inner, heads, groups)
-    flag = 2 * width + interleaved
-    out, column_sum = run_tiles(_qkv_source, args, flag, dq, shape, Quantization(*tail), bias_grad=bias_grad)
+    flag, q = 2 * width + interleaved, Quantization(*tail)
+    out, column_sum = run_tiles(_qkv_source, args, flag, dq, shape, q, span=width, bias_grad=bias_grad)
     return (*out, column_sum)

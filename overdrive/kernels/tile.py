@@ -296,17 +296,18 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tile_shape(mode: int, col: bool, inputs: int) -> tuple[int, int, int, int | None]:
-    """(BT, BK, warps, registers) of a program, the best of those measured; inputs: how many tensors the source reads."""
+def tile_shape(mode: int, col: bool, inputs: int, span: int) -> tuple[int, int, int, int | None]:
+    """(BT, BK, warps, registers) of a program, the best of those measured; inputs and span as `run_tiles` has them."""
+    narrow = span % BLOCK != 0
     if mode == AMAX.value:
-        return 64, 128, 8, None
+        return (128, 64, 8, None) if narrow else (64, 128, 8, None)
     if mode == Mode.BLOCK_1D or (mode == Mode.BLOCK_2D and inputs < 3):
         return BLOCK, BLOCK, 8, 128
     if mode == Mode.BLOCK_2D:
         return BLOCK, BLOCK, 16, 64
-    if col:
-        return (64, 128, 8, 64) if inputs == 1 else (64, 64, 4, None)
-    return 32, 128, 4, None
+    if col and inputs == 1:
+        return (128, 64, 8, 64) if narrow else (64, 128, 8, 64)
+    return (64, 64, 4, None) if col or narrow else (32, 128, 4, None)
 
 
 def _walk(mode: int, col: bool, inputs: int, bias_grad: bool) -> tuple[int, int]:
@@ -351,9 +352,10 @@ class _Plan:
         inputs: int,
         halves: int,
         bias_grad: bool,
+        span: int,
     ) -> None:
         col = col and mode != Mode.PLAIN
-        height, width, warps, registers = tile_shape(mode, col, inputs)
+        height, width, warps, registers = tile_shape(mode, col, inputs, span)
         padded_rows, half = padded(rows), cols // halves
         col_blocks, row_blocks = max(-(-half // width), 1), max(-(-padded_rows // height), 1)
         most, stages = _walk(mode, col, inputs, bias_grad)
@@ -369,7 +371,7 @@ class _Plan:
         self.sizes = (rows, padded_rows // 16, half)
         shape = (power_of_2, row, col, height, width, repeat, stages if repeat > 1 else 1)
         self.run = Launcher(tile_kernel, (source, flag, halves, mode, *shape), warps, registers)
-        height, width, warps, registers = tile_shape(AMAX.value, False, inputs)
+        height, width, warps, registers = tile_shape(AMAX.value, False, inputs, span)
         self.amax_grid = (max(-(-half // width), 1) * max(-(-rows // height), 1), 1, 1)
         shape = (power_of_2, row, False, height, width, 1, 1)
         self.collect_amax = Launcher(tile_kernel, (source, flag, halves, AMAX.value, *shape), warps, registers)
@@ -395,20 +397,24 @@ def run_tiles(
     *,
     inputs: int = 1,
     halves: int = 1,
+    span: int = BLOCK,
     bias_grad: bool = False,
     amax: torch.Tensor | None = None,
     into: torch.Tensor | None = None,
 ) -> tuple[Quantized, torch.Tensor | None]:
     """A source of `shape` [T, K] that reads some `inputs` -> (Quantized, its column sums in like's dtype if asked for).
 
-    amax: of CURRENT, where it is known already. into: where PLAIN output goes.
+    span: of how many columns, such as a head's, a tile had better not see more than one. amax: of CURRENT, where it is known
+    already. into: where PLAIN output goes.
     """
     rows, cols = shape
     mode, dtype, scales, slots, slot, tenant, power_of_2, row, col = q
     records = mode == Mode.DELAYED and tenant >= 0 and rows > 0
     # the kinds of all arguments but the source's follow from these
-    key = (id(source), flag, like.dtype, rows, cols, mode, dtype, records, power_of_2, row, col, inputs, halves, bias_grad)
-    plan = _plans.get(key) or _plan(key, source, flag, rows, cols, int(mode), power_of_2, row, col, inputs, halves, bias_grad)
+    key = (id(source), flag, like.dtype, rows, cols, mode, dtype, records, power_of_2, row, col, inputs, halves, bias_grad, span)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(key, source, flag, rows, cols, int(mode), power_of_2, row, col, inputs, halves, bias_grad, span)
     out = new_quantized(like, rows, cols, q) if into is None else Quantized(into, None, None, None)
     device = like.get_device()
     data, data_t, scale_inv, scale_inv_t = out
