@@ -164,7 +164,7 @@ def test_residual(compiled, p):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_qkv_gradient(compiled, interleaved):
-    for width, q in itertools.product((16, 128), (PLAIN, DELAYED)):
+    for width, q in itertools.product((16, 64, 128), (PLAIN, DELAYED)):
         dq, dk = (torch.ones(4, 3, heads, width, dtype=torch.bfloat16) for heads in (4, 2))
         launch("qkv", "qkv_gradient", dq.transpose(0, 1), dk, dk, interleaved, True, *q)
 

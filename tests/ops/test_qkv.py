@@ -12,7 +12,7 @@ from overdrive.ops.quantize import Mode, Quantization, Quantized, quantize
 from tests.numerics import E4M3, E5M2, assert_close, assert_same_bits
 from tests.ops.quantized import MODES, on_cpu, tail
 
-HEADS = [(4, 4, 16), (4, 2, 32), (6, 1, 8), (8, 2, 128)]  # heads, groups, head dim
+HEADS = [(4, 4, 16), (4, 2, 32), (6, 1, 8), (2, 1, 64), (8, 2, 128)]  # heads, groups, head dim
 
 
 def by_hand(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, interleaved: bool) -> torch.Tensor:
