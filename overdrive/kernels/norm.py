@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm. A row kernel takes statistics and writes plain output; quantized output is a tile source over them.
+"""LayerNorm and RMSNorm. A row kernel takes statistics and writes plain or FP8 rows; a transposed copy, or scales that depend on
+the output, take a second launch, of tiles over those statistics.
 
 Shapes: x [T, K]; gamma, beta [K]; mean, rstd f32 [T]. A row kernel's program holds R whole rows as one [R, BK] tile, BK >= K, and
 walks over the rows; leaving SMs free (sm_margin) means fewer programs.
@@ -8,32 +9,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from overdrive.kernels.fp8 import amax_bits
+from overdrive.kernels.fp8 import amax_bits, to_fp8
 from overdrive.kernels.launch import launch
 from overdrive.kernels.tile import column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
-from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized
+from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized, padded
+from overdrive.ops.scaling import arena
+
+
+@triton.jit
+def _load_row(vector, cols, inside):
+    """f32 vector, as a row."""
+    return tl.load(vector + cols, inside, 0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _load_gain(gamma, cols, inside, ZERO_CENTERED: tl.constexpr):
     """f32 gain, as a row."""
-    gain = tl.load(gamma + cols, inside, 0.0).to(tl.float32)
-    return (gain + 1 if ZERO_CENTERED else gain)[None, :]
-
-
-@triton.jit
-def _affine(x, mean, rstd, gamma, beta, cols, inside, ZERO_CENTERED: tl.constexpr):
-    """ops.norm.normalized of a tile; mean and rstd are columns."""
-    y = (x - mean) * rstd * _load_gain(gamma, cols, inside, ZERO_CENTERED)
-    if beta is not None:
-        y += tl.load(beta + cols, inside, 0.0).to(tl.float32)[None, :]
-    return y
+    gain = _load_row(gamma, cols, inside)
+    return gain + 1 if ZERO_CENTERED else gain
 
 
 @triton.jit
@@ -44,18 +43,40 @@ def _norm_source(args, ZERO_CENTERED: tl.constexpr, row0, r, cols, T, F):
     value = load_tile(x, stride, row0, r, cols, T, F)
     mean_column = tl.load(mean + rows, rows < T, 0.0)[:, None]
     rstd_column = tl.load(rstd + rows, rows < T, 0.0)[:, None]
-    y = _affine(value, mean_column, rstd_column, gamma, beta, cols, cols < F, ZERO_CENTERED)
+    y = (value - mean_column) * rstd_column * _load_gain(gamma, cols, cols < F, ZERO_CENTERED)
+    if beta is not None:
+        y += _load_row(beta, cols, cols < F)
     return (tl.where((rows < T)[:, None] & (cols < F)[None, :], y, 0.0),)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
-def _norm_rows(args, out, y, mean, rstd, gamma, beta, amax, T, K, eps, SOURCE: tl.constexpr, FLAG: tl.constexpr,
-               RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), amax of y (i32 [1])."""
+@triton.jit(do_not_specialize=["T", "Tp", "slot", "tenant", "eps"])
+def _norm_rows(args, out, y, mean, rstd, gamma, beta, inv, scales, slots, slot, amax, owner, tenant, T, Tp, K, eps,
+               SOURCE: tl.constexpr, FLAG: tl.constexpr, RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr,
+               BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), amax of the norm (i32).
+
+    y is FP8 where scales are given: then Tp >= T of its rows are written, inv is the reciprocal scale, and amax the arena's,
+    recorded where owner is not None.
+    """
     r, cols = tl.arange(0, R), tl.arange(0, BK)
     inside = cols < K
-    for block in range(tl.program_id(0), tl.cdiv(T, R), tl.num_programs(0)):
-        row0 = (tl.cdiv(T, R) - 1 - block) * R  # backwards: the tiles that follow find the first rows in the cache
+    pid = tl.program_id(0)
+    scale = 1.0
+    if scales is not None:
+        index = tl.load(slots + slot)
+        scale = tl.load(scales + index)
+        tl.store(inv, tl.div_rn(1.0, scale), pid == 0)
+        if owner is not None:
+            amax += index
+            tl.store(owner + index, tenant, pid == 0)
+    if STAGES > 1:  # many rows to a program: loaded once, and not among what is loaded ahead
+        gain = _load_gain(gamma, cols, inside, ZERO_CENTERED)
+        if beta is not None:
+            shift = _load_row(beta, cols, inside)
+    largest = tl.zeros([R, BK], tl.int32)
+    blocks = tl.cdiv(Tp, R)
+    for block in tl.range(pid, blocks, tl.num_programs(0), num_stages=STAGES):
+        row0 = (blocks - 1 - block) * R  # backwards: the tiles that follow find the first rows in the cache
         x = SOURCE(args, FLAG, row0, r, cols, T, K)[0]
         if out is not None:
             rounded = x.to(out.dtype.element_ty)
@@ -67,12 +88,22 @@ def _norm_rows(args, out, y, mean, rstd, gamma, beta, amax, T, K, eps, SOURCE: t
         tl.store(mean + row0 + r, m, r < T - row0)
         tl.store(rstd + row0 + r, s, r < T - row0)
         if y is not None or amax is not None:
-            value = _affine(x, m[:, None], s[:, None], gamma, beta, cols, inside, ZERO_CENTERED)
-            if y is not None:
-                store_tile(y, K, row0, r, 0, cols, value.to(y.dtype.element_ty), T, K)
+            if STAGES == 1:
+                gain = _load_gain(gamma, cols, inside, ZERO_CENTERED)
+                if beta is not None:
+                    shift = _load_row(beta, cols, inside)
+            value = (x - m[:, None]) * s[:, None] * gain
+            if beta is not None:
+                value += shift
+            if amax is not None or scales is not None:
+                value = tl.where((r < T - row0)[:, None] & inside[None, :], value, 0.0)
             if amax is not None:
-                valid = (r < T - row0)[:, None] & inside[None, :]
-                tl.atomic_max(amax, tl.max(tl.where(valid, amax_bits(value), 0)), sem="relaxed")
+                largest = tl.maximum(largest, amax_bits(value))
+            if y is not None:
+                value = value.to(y.dtype.element_ty) if scales is None else to_fp8(value * scale, y.dtype.element_ty)
+                store_tile(y, K, row0, r, 0, cols, value, Tp, K)
+    if amax is not None:
+        tl.atomic_max(amax, tl.max(largest), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -111,8 +142,18 @@ def _norm_backward_rows(args, gamma, mean, rstd, dx, partial, T, K,
         tl.store(own + tl.num_programs(0).to(tl.int64) * K, tl.sum(dbeta, 0), inside)
 
 
-_BACKWARD_WARPS = 16  # per SM: enough loads in flight, few enough partial sums
+_WALKING_WARPS = 16  # per SM: enough loads in flight, few enough partial sums
 _SHARED_MEMORY = 200 << 10  # bytes of an SM that rows on their way may take
+
+
+class _Rows(NamedTuple):
+    """How a row kernel is launched: R rows and BK columns to a tile, warps, programs, and how many tiles ahead it loads."""
+
+    height: int
+    width: int
+    warps: int
+    programs: int
+    stages: int
 
 
 @functools.cache
@@ -128,10 +169,37 @@ def _row_shape(cols: int, elements: int) -> tuple[int, int, int]:
     return height, width, min(max(height * width // elements // 32, 4), 32)
 
 
+def _few_rows(rows: int, cols: int, device: torch.device, sm_margin: int) -> _Rows:
+    """A program to each tile: nothing is loaded ahead, other programs hide the latency."""
+    height, width, warps = _row_shape(cols, 64 if cols > 4096 else 32)
+    programs = max(-(-rows // height), 1)
+    if sm_margin:
+        programs = min(programs, max(_sm_count(device) - sm_margin, 1) * max(32 // warps, 1))
+    return _Rows(height, width, warps, programs, 1)
+
+
+def _walking(rows: int, cols: int, inputs: tuple[torch.Tensor, ...], sm_margin: int) -> _Rows:
+    """Few programs that walk over all rows of `inputs` and load the next ones meanwhile."""
+    height, width, warps = _row_shape(cols, 16)
+    per_sm = max(_WALKING_WARPS // warps, 1)
+    programs = min(max(_sm_count(inputs[0].device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
+    row_bytes = height * width * sum(x.element_size() for x in inputs)
+    return _Rows(height, width, warps, programs, max(min(_SHARED_MEMORY // (per_sm * row_bytes), 3), 1))
+
+
+def _walks(cols: int, dropout: bool, sums: bool, amax: bool, fp8: bool) -> bool:
+    """Whether programs of the forward walk, as measured: where a row costs more than loading, its statistics and plain stores.
+
+    sums: the rows are sums to be stored, and the norm is not. Wider rows leave no registers for more than themselves.
+    """
+    return cols <= 8192 and (dropout or sums or amax or fp8)
+
+
 def forward(
     source: Callable[..., Any],
     args: tuple[Any, ...],
     flag: Any,
+    inputs: tuple[torch.Tensor, ...],
     out: torch.Tensor | None,
     like: torch.Tensor,
     gamma: torch.Tensor,
@@ -142,23 +210,29 @@ def forward(
     sm_margin: int,
     q: Quantization,
 ) -> tuple[Quantized, torch.Tensor, torch.Tensor]:
-    """Norm of a source's rows, which are `like` or get stored in `out`: (Quantized, mean, rstd)."""
+    """Norm of the rows of a source of `inputs`, which are `like` or get stored in `out`: (Quantized, mean, rstd).
+
+    flag: of the source, true if it has dropout.
+    """
     rows, cols = like.shape
     mean, rstd = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    plain = new_quantized(like, rows, cols, q) if q.mode == Mode.PLAIN else None
-    amax = new_amax(like) if q.mode == Mode.CURRENT else None
-    height, width, warps = _row_shape(cols, 64 if cols > 4096 else 32)
-    programs = -(-rows // height)
-    if sm_margin:
-        programs = min(programs, max(_sm_count(like.device) - sm_margin, 1) * max(32 // warps, 1))
-    if rows:
+    fp8 = q.mode == Mode.DELAYED and q.row and not q.col
+    written = new_quantized(like, rows, cols, q) if fp8 or q.mode == Mode.PLAIN else None
+    y = None if written is None else written.data
+    stored_rows, recording = padded(rows) if fp8 else rows, fp8 and q.tenant >= 0 and rows > 0
+    amax = new_amax(like) if q.mode == Mode.CURRENT else arena(like.device).amax_bits if recording else None
+    walks = _walks(cols, bool(flag), out is not None and y is None, amax is not None, fp8)
+    shape = _walking(stored_rows, cols, inputs, sm_margin) if walks else _few_rows(stored_rows, cols, like.device, sm_margin)
+    if rows or fp8:
+        delayed = (written.scale_inv, q.scales, q.slots) if written is not None and fp8 else (None, None, None)
         launch(
-            _norm_rows, (programs, 1, 1), like.get_device(),
-            (args, out, None if plain is None else plain.data, mean, rstd, gamma, beta, amax, rows, cols, eps),
-            (source, flag, rms, zero_centered, height, width), warps,
+            _norm_rows, (shape.programs, 1, 1), like.get_device(),
+            (args, out, y, mean, rstd, gamma, beta, *delayed, q.slot, amax, arena(like.device).owner if recording else None,
+             q.tenant, rows, stored_rows, cols, eps),
+            (source, flag, rms, zero_centered, shape.height, shape.width, shape.stages), shape.warps,
         )  # fmt: skip
-    if plain is not None:
-        return plain, mean, rstd
+    if written is not None:
+        return written, mean, rstd
     x = like if out is None else out
     tile_args = (x, x.stride(0), mean, rstd, gamma, beta)
     return run_tiles(_norm_source, tile_args, zero_centered, x, (rows, cols), q, amax=amax)[0], mean, rstd
@@ -178,7 +252,7 @@ def norm(
     x, gamma, beta = dense(x), dense(gamma), None if beta is None else dense(beta)
     args = (x, x.stride(0))
     out, mean, rstd = forward(
-        load_source, args, None, None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+        load_source, args, None, (x,), None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
     )
     return (*out, mean, rstd)
 
@@ -200,16 +274,13 @@ def norm_backward(
     rows, cols = x.shape
     dx, dgamma = x.new_empty(x.shape), gamma.new_empty(cols)
     dbeta = None if rms else gamma.new_empty(cols)
-    height, width, warps = _row_shape(cols, 16)
-    per_sm = max(_BACKWARD_WARPS // warps, 1)
-    programs = min(max(_sm_count(x.device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
-    row_bytes = (dy.element_size() + x.element_size() + (0 if dresidual is None else dresidual.element_size())) * height * width
-    stages = max(min(_SHARED_MEMORY // (per_sm * row_bytes), 3), 1)
-    partial = x.new_empty((1 if rms else 2, programs, cols), dtype=torch.float32)
+    shape = _walking(rows, cols, (dy, x) if dresidual is None else (dy, x, dresidual), sm_margin)
+    partial = x.new_empty((1 if rms else 2, shape.programs, cols), dtype=torch.float32)
     args = (dy, dy.stride(0), x, x.stride(0), dresidual, 0 if dresidual is None else dresidual.stride(0))
     launch(
-        _norm_backward_rows, (programs, 1, 1), x.get_device(),
-        (args, gamma, mean, rstd, dx, partial, rows, cols), (rms, zero_centered, height, width, stages), warps,
+        _norm_backward_rows, (shape.programs, 1, 1), x.get_device(),
+        (args, gamma, mean, rstd, dx, partial, rows, cols),
+        (rms, zero_centered, shape.height, shape.width, shape.stages), shape.warps,
     )  # fmt: skip
     column_sums(partial, dgamma, dbeta)
     return dx, dgamma, dbeta

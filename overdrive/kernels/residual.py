@@ -64,7 +64,7 @@ def _dropout_args(p: float, seed: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 def _residual_args(x, bias, residual, p, seed) -> tuple[Any, ...]:
-    x, residual = dense(x), dense(residual)
+    """Arguments of the source; x and residual are dense."""
     return x, x.stride(0), None if bias is None else dense(bias), residual, residual.stride(0), *_dropout_args(p, seed)
 
 
@@ -72,7 +72,7 @@ def residual_add(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, seed: torch.Tensor | None
 ) -> torch.Tensor:
     """overdrive::residual_add."""
-    args, q = _residual_args(x, bias, residual, p, seed), Quantization(Mode.PLAIN, residual.dtype)
+    args, q = _residual_args(dense(x), bias, dense(residual), p, seed), Quantization(Mode.PLAIN, residual.dtype)
     return run_tiles(_residual_source, args, p > 0, residual, residual.shape, q)[0].data
 
 
@@ -89,9 +89,10 @@ def residual_backward(
 def residual_norm(x, bias, residual, p, seed, gamma, beta, eps, zero_centered, rms, sm_margin, *tail) -> tuple[torch.Tensor, ...]:
     """overdrive::residual_norm."""
     out = residual.new_empty(residual.shape)
+    x, residual = dense(x), dense(residual)
     args = _residual_args(x, bias, residual, p, seed)
     gamma, beta = dense(gamma), None if beta is None else dense(beta)
     quantized, mean, rstd = forward(
-        _residual_source, args, p > 0, out, out, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+        _residual_source, args, p > 0, (x, residual), out, out, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
     )
     return (out, *quantized, mean, rstd)

@@ -125,12 +125,14 @@ def test_many_tiles_a_program(compiled, monkeypatch, mode):
 def test_norm(compiled, rms, mode):
     beta = None if rms else GAMMA
     launch("norm", "norm", X, GAMMA, beta, 1e-5, rms, rms, 0, *QUANTIZATIONS[mode])
+    assert len(compiled) == (1 if mode in ("plain", "delayed row") else 2)
 
 
 @pytest.mark.parametrize("cols", [16, 4096, 20000])
 def test_norm_widths(compiled, cols):
     x, gamma = torch.ones(3, cols), torch.ones(cols)
-    launch("norm", "norm", x, gamma, gamma, 1e-5, False, False, 8, *PLAIN)
+    for mode in ("plain", "delayed row", "current"):
+        launch("norm", "norm", x, gamma, gamma, 1e-5, False, False, 8, *QUANTIZATIONS[mode])
     launch("norm", "norm_backward", x, x, gamma, STATS[:3], STATS[:3], x, False, False, 8)
     launch("norm", "norm_backward", x, x, gamma, STATS[:3], STATS[:3], None, True, True, 0)
 
@@ -158,7 +160,7 @@ def test_residual(compiled, p):
     seed = SEED if p else None
     launch("residual", "residual_add", X, GAMMA, X, p, seed)
     launch("residual", "residual_backward", X, p, seed, True)
-    for q in (PLAIN, DELAYED):
+    for q in (PLAIN, DELAYED, QUANTIZATIONS["delayed row"], QUANTIZATIONS["current"]):
         launch("residual", "residual_norm", X, None, X, p, seed, GAMMA, GAMMA, 1e-5, False, False, 0, *q)
 
 

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from overdrive.ops.norm import norm, norm_backward
 from overdrive.ops.quantize import Mode, Quantized, quantize
+from overdrive.ops.scaling import arena, tenant_id
+from overdrive.recipe import DelayedScaling
+from overdrive.scaling.arena import SlotRange
 from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw, layout
 from tests.ops.quantized import MODES, assert_quantized_alike, on_cpu, tail
 
@@ -93,15 +96,34 @@ def test_anything(tokens, features, dtype, kinds, kind, residual, sm_margin, see
 
 @pytest.mark.parametrize(("rms", "zero_centered"), KINDS)
 @pytest.mark.parametrize("shape", [(1, 16), (129, 200), (40, 1040)])
+@pytest.mark.parametrize("col", [False, True])
 @pytest.mark.parametrize(("mode", "fp8"), [*itertools.product(MODES, (E4M3, E5M2))])
-def test_quantized_output_is_the_output_quantized(mode, fp8, shape, rms, zero_centered, device):
+def test_quantized_output_is_the_output_quantized(mode, fp8, col, shape, rms, zero_centered, device):
     """Norm and quantization in one op give what they give one after the other, in f32, on the CPU."""
     x, gamma, beta = draw_inputs(*shape, torch.bfloat16, rms, device)
-    arguments, q = (x, gamma, beta, EPS, zero_centered, rms, 0), tail(mode, fp8, device, scale=60.0)
+    arguments, q = (x, gamma, beta, EPS, zero_centered, rms, 0), tail(mode, fp8, device, scale=60.0, col=col)
     *out, mean, rstd = norm(*arguments, *q)
     y32, *_, cpu_mean, cpu_rstd = norm(*on_cpu(arguments), *plain(torch.float32))
     assert_quantized_alike(Quantized(*out), Quantized(*quantize(y32, False, *on_cpu(q))[:4]), q, "norm")
     torch.testing.assert_close((mean.cpu(), rstd.cpu()), (cpu_mean, cpu_rstd), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("col", [False, True])
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_the_amax_is_recorded(tokens, col, device):
+    """The largest output of all rows, in the slot and for the tenant; nothing where there are no rows."""
+    x, gamma, beta = draw_inputs(tokens, 272, torch.bfloat16, False, device)
+    own, state = SlotRange(1, torch.device(device)), arena(torch.device(device))
+    before, at, tenant = state.amax.clone(), own.start + 3, tenant_id(DelayedScaling(), None)
+    scales = torch.ones(state.capacity, device=device)
+    q = (Mode.DELAYED, E4M3, scales, own.indices(x.device), 3, tenant, False, True, col)
+    norm(x, gamma, beta, EPS, False, False, 0, *q)
+    if tokens:
+        y32, *_ = norm(*on_cpu((x, gamma, beta)), EPS, False, False, 0, *plain(torch.float32))
+        torch.testing.assert_close(state.amax[at].cpu(), y32.abs().amax(), rtol=2e-6, atol=0)
+        assert state.owner[at] == tenant
+        before[at] = state.amax[at]
+    assert_same_bits(state.amax, before)
 
 
 @pytest.mark.parametrize("col", [False, True])

@@ -106,16 +106,20 @@ def test_same_mask_everywhere(seed, device):
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize(("rms", "zero_centered", "with_bias"), [*itertools.product((False, True), repeat=3)])
-@pytest.mark.parametrize("mode", [Mode.PLAIN, *MODES])
+@pytest.mark.parametrize(("mode", "col"), [(Mode.PLAIN, False), (Mode.DELAYED, False), *((mode, True) for mode in MODES)])
 @pytest.mark.parametrize("shape", [(0, 48), (1, 16), (129, 200), (17, 4096)])
-def test_norm_of_the_sum(shape, mode, rms, zero_centered, with_bias, p, device):
+def test_norm_of_the_sum(shape, mode, col, rms, zero_centered, with_bias, p, device):
     """residual_norm is residual_add, rounded, then norm: its parts one after the other on the CPU."""
     dtype, cols = torch.bfloat16, shape[1]
     x, residual = (draw(*shape, dtype=dtype, device=device) for _ in range(2))
     gamma, bias = (draw(cols, dtype=dtype, device=device) for _ in range(2))
     sums = (x, bias if with_bias else None, residual, p, seed_of(5, device) if p else None)
     parameters = (gamma, None if rms else draw(cols, dtype=dtype, device=device), 1e-5, zero_centered, rms, 3)
-    q = (Mode.PLAIN, dtype, None, None, 0, -1, False, True, False) if mode == Mode.PLAIN else tail(mode, E4M3, device, scale=60.0)
+    q = (
+        (Mode.PLAIN, dtype, None, None, 0, -1, False, True, False)
+        if mode == Mode.PLAIN
+        else tail(mode, E4M3, device, scale=60.0, col=col)
+    )
     out, *quantized, mean, rstd = residual_norm(*sums, *parameters, *q)
 
     expected = residual_add(*on_cpu(sums))
