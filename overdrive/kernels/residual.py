@@ -15,6 +15,9 @@ import triton.language as tl
 from overdrive.kernels.norm import forward
 from overdrive.kernels.tile import dense, load_tile, run_tiles
 from overdrive.ops.quantize import Mode, Quantization
+from overdrive.ops.residual import GOLDEN, dropout_threshold
+
+_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
 
 
 @triton.jit
@@ -27,10 +30,16 @@ def _mix(h):
 
 @triton.jit
 def _dropout(value, rows, cols, seed, threshold, keep):
-    """value * dropout_scale of its elements; threshold: p * 2**32 as the i32 of the same bits."""
-    row_hash = _mix(rows.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
-    hashed = _mix(row_hash[:, None] + cols.to(tl.uint32)[None, :])
-    return value * tl.where(hashed < threshold.to(tl.uint32), 0.0, keep)
+    """value * dropout_scale of its elements. Neighbours in a thread share a hash, which the compiler finds out."""
+    golden = tl.full((), _GOLDEN, tl.uint32)
+    key = _mix(tl.load(seed).to(tl.uint32) + golden)
+    row = (_mix(rows.to(tl.uint32) + key) ^ _mix((key ^ (tl.load(seed) >> 32).to(tl.uint32)) + golden))[:, None]
+    h = row + ((cols >> 1).to(tl.uint32) * golden)[None, :]
+    h = (h ^ (h >> 16)) * tl.full((), 0x7FEB352D, tl.uint32) + row
+    h = (h ^ (h >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    h = h ^ (h >> 16)
+    half = tl.where(((cols & 1) == 1)[None, :], h >> 16, h & 0xFFFF)
+    return value * tl.where(half.to(tl.int32) < threshold, 0.0, keep)
 
 
 @triton.jit
@@ -56,11 +65,10 @@ def _gradient_source(args, DROPOUT: tl.constexpr, row0, r, cols, T, F):
 
 
 def _dropout_args(p: float, seed: torch.Tensor | None) -> tuple[Any, ...]:
-    """(seed, threshold, keep); the threshold wraps into an i32 so that its type does not depend on p."""
+    """(seed, threshold, keep)."""
     if p <= 0:
         return None, 0, 1.0
-    threshold = min(int(p * 2**32), 2**32 - 1)
-    return seed, threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - p) if p < 1 else 0.0
+    return seed, dropout_threshold(p), 1 / (1 - p) if p < 1 else 0.0
 
 
 def _residual_args(x, bias, residual, p, seed) -> tuple[Any, ...]:

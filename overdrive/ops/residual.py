@@ -13,22 +13,40 @@ from overdrive.ops.library import define
 from overdrive.ops.norm import _norm
 from overdrive.ops.quantize import QUANTIZATION, Quantization, new_quantized
 
+GOLDEN = 0x9E3779B9
+"""2**32 over the golden ratio: its multiples spread evenly over 32 bits."""
+
+_MASK = 0xFFFFFFFF
+
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
     """One 32-bit finaliser (xor-shift-multiply, constants by C. Wellons); int64 in, int64 in [0, 2**32) out."""
-    h = (h ^ (h >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    h = (h ^ (h >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    h = (h ^ (h >> 16)) * 0x7FEB352D & _MASK
+    h = (h ^ (h >> 15)) * 0x846CA68B & _MASK
     return h ^ (h >> 16)
 
 
-def dropout_scale(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """f32 [rows, cols]: 0 with probability p, else 1 / (1 - p). seed: int64 [1]; its low 32 bits count.
+def dropout_threshold(p: float) -> int:
+    """How many of 2**16 are dropped: p counts in steps of 2**-16."""
+    return round(p * 2**16)
 
-    An element is dropped where mix(mix(row ^ seed) + col) < p * 2**32, in 32-bit unsigned arithmetic.
+
+def dropout_scale(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """f32 [rows, cols]: 0 with probability p, else 1 / (1 - p). seed: int64 [1], of which each bit counts.
+
+    Two neighbours in a row share a hash of 32 bits, 16 for each; an element is dropped where its bits are below the threshold. A
+    row's key is a hash of its index and of the seed; it is added before and within the hash of a pair, so that no two rows see one
+    sequence, and pairs are GOLDEN apart, because the hash keeps a trace of counters that differ in few bits.
     """
-    row = _mix((torch.arange(rows, device=seed.device) ^ seed) & 0xFFFFFFFF)
-    hashed = _mix((row[:, None] + torch.arange(cols, device=seed.device)) & 0xFFFFFFFF)
-    return (hashed >= int(p * 2**32)).float() * (1 / (1 - p) if p < 1 else 0.0)
+    key = _mix((seed & _MASK) + GOLDEN & _MASK)
+    row = _mix(torch.arange(rows, device=seed.device) + key & _MASK) ^ _mix((key ^ (seed >> 32 & _MASK)) + GOLDEN & _MASK)
+    row = row[:, None]
+    h = row + torch.arange(-(-cols // 2), device=seed.device) * GOLDEN & _MASK
+    h = (h ^ (h >> 16)) * 0x7FEB352D + row & _MASK
+    h = (h ^ (h >> 15)) * 0x846CA68B & _MASK
+    h = h ^ (h >> 16)
+    bits = torch.stack((h & 0xFFFF, h >> 16), 2).flatten(1)[:, :cols]
+    return (bits >= dropout_threshold(p)).float() * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def _residual(x, bias, residual, p, seed) -> torch.Tensor:

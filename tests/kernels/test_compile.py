@@ -155,7 +155,7 @@ def test_norm_gemm(compiled, dtype, tokens, cols, outputs):
         assert "mma" in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.9])
 def test_residual(compiled, p):
     seed = SEED if p else None
     launch("residual", "residual_add", X, GAMMA, X, p, seed)
