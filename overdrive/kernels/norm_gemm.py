@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.launch import MOST_HELD, Launcher
-from overdrive.kernels.norm import _affine
+from overdrive.kernels.norm import _load_gain, _load_row
 from overdrive.kernels.tile import dense
 from overdrive.ops.gemm import gemm
 from overdrive.ops.norm import norm
@@ -100,7 +100,9 @@ def _norm_gemm(x, stride, gamma, beta, weight, weight_stride, bias, y, T, N, K, 
             mean, rstd = _spread(m, BT), _spread(s, BT)
         inside = tl.full([BK], True, tl.int1) if EVEN else c < K - k
         value = tl.load(rows + k, valid[:, None] & inside[None, :], 0.0).to(tl.float32)
-        value = _affine(value, mean[:, None], rstd[:, None], gamma, beta, k + c, inside, ZERO_CENTERED)
+        value = (value - mean[:, None]) * rstd[:, None] * _load_gain(gamma, k + c, inside, ZERO_CENTERED)
+        if beta is not None:
+            value += _load_row(beta, k + c, inside)
         if not EVEN:
             value = tl.where(inside[None, :], value, 0.0)
         w = tl.load(strip + k, (n < N - n0)[:, None] & inside[None, :], 0.0)

@@ -75,10 +75,9 @@ def split_sizes(module: str, split: Any, rows: int) -> dict[str, int] | None:
 
 
 def default_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; None is the current GPU where there is one, else the CPU."""
-    if device is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device)
+    """The device asked for, a GPU with its index; None is the current GPU where there is one, else the CPU."""
+    asked = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    return torch.device("cuda", torch.cuda.current_device()) if asked.type == "cuda" and asked.index is None else asked
 
 
 def normal_init(tensor: torch.Tensor) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
+"""Types of arguments that a kernel takes as they are; those that are no tensors join when they first come."""
 _LIBRARY = torch.library.Library("overdrive", "DEF")
 
 
@@ -68,14 +69,23 @@ def define(
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether no argument is a tensor subclass, which the dispatcher knows how to read."""
+    for kind in set(map(type, args)) - _PLAIN:
+        if issubclass(kind, torch.Tensor):
+            return False
+        _PLAIN.add(kind)
+    return True
+
+
 def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
 
     def op(*args: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or args[0].__class__ not in _PLAIN
             or not args[0].is_cuda
+            or not (_PLAIN.issuperset(map(type, args)) or _plain(args))
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
             or (args[0].requires_grad and torch.is_grad_enabled())

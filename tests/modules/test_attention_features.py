@@ -406,7 +406,7 @@ def test_explained_on_cpu(arguments, reason):
     decision = DotProductAttention(4, 8).explain(q, k, v, **arguments)
     assert decision.backend == ("cpu" if reason is None else "math")
     assert decision.passed_over.get("cpu") == reason
-    module = DotProductAttention(4, 8, return_max_logit=True, softmax_type="off-by-one")
+    module = DotProductAttention(4, 8, return_max_logit=True, softmax_type="off-by-one").to("cpu")
     decision = module.explain(q, k, v, **arguments)
     assert decision.backend == "reference"
     assert decision.passed_over["math"] == "has the vanilla softmax only"

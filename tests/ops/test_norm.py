@@ -113,7 +113,7 @@ def test_quantized_output_is_the_output_quantized(mode, fp8, col, shape, rms, ze
 def test_the_amax_is_recorded(tokens, col, device):
     """The largest output of all rows, in the slot and for the tenant; nothing where there are no rows."""
     x, gamma, beta = draw_inputs(tokens, 272, torch.bfloat16, False, device)
-    own, state = SlotRange(1, torch.device(device)), arena(torch.device(device))
+    own, state = SlotRange(1, x.device), arena(x.device)
     before, at, tenant = state.amax.clone(), own.start + 3, tenant_id(DelayedScaling(), None)
     scales = torch.ones(state.capacity, device=device)
     q = (Mode.DELAYED, E4M3, scales, own.indices(x.device), 3, tenant, False, True, col)
