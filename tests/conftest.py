@@ -45,6 +45,14 @@ def _no_graphs() -> Iterator[None]:
         arena(torch.device("cuda", torch.cuda.current_device())).captured = False
 
 
+_EMPTY = torch.empty
+
+
+def _new_empty(like, *size, dtype=None, device=None):
+    """Tensor.new_empty in terms that the compiler can follow from here."""
+    return _EMPTY(*size, dtype=like.dtype if dtype is None else dtype, device=like.device if device is None else device)
+
+
 def _poisoning(allocate):
     """`allocate`, with NaN in what it returns on a GPU (kernels allocate their outputs this way, then must write every element)."""
 
@@ -65,5 +73,6 @@ def _poisoning(allocate):
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output element that a kernel leaves unwritten is NaN."""
     if torch.cuda.is_available():
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
-            monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        for name in ("empty", "empty_like", "empty_strided"):
+            monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+        monkeypatch.setattr(torch.Tensor, "new_empty", _poisoning(_new_empty))
