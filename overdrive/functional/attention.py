@@ -472,7 +472,7 @@ def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bo
 
 
 def split_qkv(qkv: torch.Tensor, heads: int, groups: int, head_dim: int, interleaved: bool) -> tuple[torch.Tensor, ...]:
-    """The QKV product [.., .., (H + 2 G) * D] as Q [.., .., H, D], K and V [.., .., G, D], views of it.
+    """The QKV product [.., (H + 2 G) * D] as Q [.., H, D], K and V [.., G, D], views of it.
 
     interleaved: features lie as [G, H / G + 2, D], else as [Q; K; V].
     """
@@ -487,7 +487,7 @@ def split_qkv(qkv: torch.Tensor, heads: int, groups: int, head_dim: int, interle
     per_group = heads // groups
     query, key, value = qkv.unflatten(-1, (groups, per_group + 2, head_dim)).split([per_group, 1, 1], -2)
     # with several groups of several query heads no single stride spans the heads: flatten copies Q then
-    return query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
+    return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
 
 def autocasted(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

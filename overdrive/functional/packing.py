@@ -102,6 +102,11 @@ def _steps(values: list[int]) -> list[int]:
     return [end - start for start, end in itertools.pairwise(values)]
 
 
+def _unreadable(offsets: torch.Tensor) -> bool:
+    """Whether a compiler traces or a graph captures, for which values on a device do not exist yet."""
+    return torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _check_form(name: str, offsets: Any, batch: int | None, device: torch.device) -> None:
     """TypeError or ValueError unless `offsets`, argument `name`, is int32 [B + 1] on `device`, not looking at its values."""
     if not isinstance(offsets, torch.Tensor) or offsets.dtype != torch.int32:
@@ -126,7 +131,7 @@ def _longest(side: str, lengths: Lengths, batch: int | None, tokens: int | None,
         _check_form(f"{name}_padded", padded, offsets.shape[0] - 1, device)
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt) or longest < 1):
         raise ValueError(f"{maximum} must be an int of at least 1, got {longest!r}")
-    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _unreadable(offsets):
         if longest is None:
             raise ValueError(f"{maximum} must be given under torch.compile and in CUDA graphs, which cannot read it from {name}")
         return longest
@@ -144,8 +149,17 @@ def _longest(side: str, lengths: Lengths, batch: int | None, tokens: int | None,
     return max(true_longest, 1) if longest is None else longest
 
 
-def packings(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Packing, Packing]:
-    """How `queries` and `keys` tokens of format thd are packed; TypeError or ValueError if `lengths` does not say so."""
+class Side(NamedTuple):
+    """How the queries, or the keys, are packed: the arguments of `packing`."""
+
+    offsets: torch.Tensor
+    padded: torch.Tensor | None
+    longest: int
+    tokens: int
+
+
+def _sides(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Side, Side]:
+    """`queries` and `keys` tokens of format thd, one object if they lie alike; an error if `lengths` does not say how they lie."""
     if lengths.cu_seqlens_q is None or lengths.cu_seqlens_kv is None:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_kv must be given with qkv_format='thd': int32 [batch + 1], where each sequence begins and "
@@ -155,14 +169,43 @@ def packings(lengths: Lengths, queries: int, keys: int, device: torch.device) ->
         raise ValueError("pad_between_seqs=True needs cu_seqlens_q_padded and cu_seqlens_kv_padded")
     longest_q = _longest("q", lengths, None, queries, device)
     longest_kv = _longest("kv", lengths, lengths.cu_seqlens_q.shape[0] - 1, keys, device)
-    query = packing(lengths.cu_seqlens_q, lengths.cu_seqlens_q_padded, longest_q, queries)
-    if (
-        lengths.cu_seqlens_q is lengths.cu_seqlens_kv
-        and lengths.cu_seqlens_q_padded is lengths.cu_seqlens_kv_padded
-        and (longest_q, queries) == (longest_kv, keys)
-    ):
-        return query, query
-    return query, packing(lengths.cu_seqlens_kv, lengths.cu_seqlens_kv_padded, longest_kv, keys)
+    query = Side(lengths.cu_seqlens_q, lengths.cu_seqlens_q_padded, longest_q, queries)
+    key = Side(lengths.cu_seqlens_kv, lengths.cu_seqlens_kv_padded, longest_kv, keys)
+    same = query.offsets is key.offsets and query.padded is key.padded and query[2:] == key[2:]
+    return query, query if same else key
+
+
+def packings(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Packing, Packing]:
+    """How `queries` and `keys` tokens of format thd are packed; TypeError or ValueError if `lengths` does not say so."""
+    query, key = _sides(lengths, queries, keys, device)
+    packed = packing(*query)
+    return packed, packed if query is key else packing(*key)
+
+
+class Places(NamedTuple):
+    """Where tokens stand: at positions below `longest`, sequence b from start_positions[b] (int [B]) on, 0 if None. cu_seqlens i32
+    [B + 1]: where packed sequences begin and the last ends.
+    """
+
+    longest: int
+    start_positions: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+
+
+def _places(side: Side) -> Places:
+    if side.padded is None:
+        return Places(side.longest, None, side.offsets)
+    longest = side.longest if _unreadable(side.padded) else max(_steps(_values("cu_seqlens_padded", side.padded)))
+    return Places(longest, None, side.padded)
+
+
+def packed_places(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Places, Places]:
+    """Where the queries and the keys of format thd stand, padding behind sequences too as far as it can be read, one object if
+    they stand alike; errors as of `packings`.
+    """
+    query, key = _sides(lengths, queries, keys, device)
+    places = _places(query)
+    return places, places if query is key else _places(key)
 
 
 def padding_masks(

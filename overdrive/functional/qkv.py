@@ -40,7 +40,7 @@ class QKVLayout:
 
 
 def outputs_of(y: torch.Tensor, layout: QKVLayout | None) -> tuple[torch.Tensor, ...]:
-    """(y,), or (Q [.., .., H, D], K, V [.., .., G, D])."""
+    """(y,), or (Q [.., H, D], K, V [.., G, D])."""
     return (y,) if layout is None else split_qkv(y, layout.heads, layout.groups, layout.head_dim, layout.interleaved)
 
 
@@ -73,7 +73,7 @@ def outputs_gradient(
     """`gemm.grad_operand` of what `outputs_of` gave."""
     if layout is None:
         return grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), options, scales)
-    dq, dk, dv = grads[:3]
+    dq, dk, dv = (x if x.dim() == 4 else x.unsqueeze(1) for x in grads[:3])
     whole = whole_gradient(dq, dk, dv, layout)
     if whole is not None:
         return grad_operand(whole, options, scales)

@@ -55,20 +55,32 @@ def branch_gradient(
     return dx.view(dout.shape), dbias if bias_grad else None
 
 
+def _kept_samples(x: torch.Tensor, drop_path: float, samples: int | torch.Tensor) -> torch.Tensor:
+    """bool that broadcasts to x: True where drop_path leaves the sample."""
+    if isinstance(samples, int):
+        return torch.rand([n if dim == samples else 1 for dim, n in enumerate(x.shape)], device=x.device) >= drop_path
+    kept = torch.rand(len(samples) - 1, 1, device=x.device) >= drop_path
+    return kept[torch.searchsorted(samples[1:-1], torch.arange(len(x), dtype=samples.dtype, device=x.device), right=True)]
+
+
 def bias_dropout_add(
-    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float = 0.0, drop_path: float = 0.0, batch_dim: int = 0
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    p: float = 0.0,
+    drop_path: float = 0.0,
+    samples: int | torch.Tensor = 0,
 ) -> torch.Tensor:
     """residual + drop_path(dropout_p(x + bias)), in the residual's dtype; each of p and drop_path is 0 outside of training.
 
     bias: [K], or of x's shape: another branch's output.
-    drop_path: probability of dropping the whole branch of one sample, the samples lying along batch_dim; what stays is divided by
-    1 - drop_path.
+    drop_path: probability of dropping the whole branch of one sample; what stays is divided by 1 - drop_path. samples: the
+    dimension along which they lie, or, of packed x [T, K], i32 [samples + 1] where each begins.
     """
     if bias is not None and (bias.dim() > 1 or drop_path > 0):
         x, bias = x + bias, None
     if drop_path > 0:
         x = F.dropout(x, p)
-        samples = [size if dim == batch_dim else 1 for dim, size in enumerate(x.shape)]
-        kept = torch.rand(samples, device=x.device) >= drop_path
+        kept = _kept_samples(x, drop_path, samples)
         x, p = x * (kept / (1 - drop_path)).to(x.dtype), 0.0
     return _apply(x, bias, residual, p, dropout_seed(p, x.device))

@@ -25,19 +25,10 @@ from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.inference import attend_to_cache
 
-FORMATS = ("sbhd", "bshd")
+FORMATS = ("sbhd", "bshd", "thd")
 BIASES = ("no_bias", "pre_scale_bias", "post_scale_bias", "alibi")
 SOFTMAXES = ("vanilla", "off-by-one", "learnable")
 LATER = "not built yet"
-
-
-def qkv_layout(module: str, value: str, name: str = "qkv_format") -> str:
-    """`value`, given as argument `name`, if it is a layout that attention takes, else an error."""
-    if value == "thd":
-        raise NotImplementedError(
-            f"{module}: {name}='thd' is {LATER}; pad the sequences and use 'sbhd' or 'bshd' with a padding mask"
-        )
-    return one_of(module, name, value, FORMATS)
 
 
 def window(module: str, value: Any) -> tuple[int, int]:
@@ -149,7 +140,7 @@ class DotProductAttention(torch.nn.Module):
         dim, value_dim = self.head_dims
         self._widths = (num_attention_heads, dim, self.num_gqa_groups, dim, self.num_gqa_groups, value_dim)
         self.attention_dropout = probability(self._label, "attention_dropout", attention_dropout)
-        self.qkv_format = one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
+        self.qkv_format = one_of(self._label, "qkv_format", qkv_format, FORMATS)
         self.attn_mask_type = attn_mask_type
         self.window_size, self.bottom_right_diagonal = window_size, bottom_right_diagonal
         self._kind = mask_kind(self._label, "attn_mask_type", attn_mask_type, window_size, bottom_right_diagonal)
@@ -361,7 +352,7 @@ class DotProductAttention(torch.nn.Module):
             )
 
     def _layout_of_call(self, qkv_format: str | None) -> str:
-        return self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, (*FORMATS, "thd"))
+        return self.qkv_format if qkv_format is None else one_of(self._label, "qkv_format", qkv_format, FORMATS)
 
     def _kind_of_call(self, attn_mask_type: str | None, window_size: Any, bottom_right_diagonal: bool | None) -> MaskKind:
         if attn_mask_type is None and window_size is None and bottom_right_diagonal is None:

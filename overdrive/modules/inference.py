@@ -10,6 +10,7 @@ import torch
 
 from overdrive.functional.attention_mask import Mask, MaskKind
 from overdrive.functional.kv_cache import append, attend, cache_mask, places
+from overdrive.functional.packing import Places
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse
 
 _NAME = "InferenceParams"
@@ -298,12 +299,10 @@ def _check_type(module: str, inference_params: Any) -> None:
         raise TypeError(f"{module}: inference_params must be an InferenceParams, got {type(inference_params).__name__}")
 
 
-def first_positions(module: str, inference_params: Any, batch: int) -> tuple[torch.Tensor, int] | None:
-    """(position of each sequence's first new token, int [batch]; tokens of the longest sequence), None without inference_params."""
-    if inference_params is None:
-        return None
+def cached_places(module: str, inference_params: Any, batch: int) -> Places:
+    """Where the new tokens of a batch that has as many rows stand."""
     _check_type(module, inference_params)
-    return inference_params.start_positions(batch), inference_params.longest
+    return Places(inference_params.longest, inference_params.start_positions(batch))
 
 
 def attend_to_cache(

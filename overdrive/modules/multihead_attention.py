@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from overdrive.functional.attention_mask import Mask
+from overdrive.functional.packing import Lengths, Places, packed_places
 from overdrive.functional.qkv import QKVLayout, outputs_of
-from overdrive.modules.attention import DotProductAttention, gqa_groups, qkv_layout
+from overdrive.modules.attention import FORMATS, DotProductAttention, gqa_groups
 from overdrive.modules.base import autocasts
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, default_device, one_of, positive_int, refuse_parallelism
-from overdrive.modules.inference import first_positions
+from overdrive.modules.inference import cached_places
 from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.modules.linear import Linear
 from overdrive.modules.qk_norm import head_norm
@@ -68,7 +69,8 @@ def attend_with_residual(module: Any, hidden: torch.Tensor, call: Call) -> tuple
 
 
 class MultiheadAttention(torch.nn.Module):
-    """Attention of [S, B, hidden], or [B, S, hidden] with qkv_format="bshd", its projections in FP8 inside an `autocast`.
+    """Attention of [S, B, hidden], [B, S, hidden] with qkv_format="bshd", or [T, hidden] with "thd", sequences packed end to end.
+    Its projections are in FP8 inside an `autocast`.
 
     attention_type: "self", or "cross" where keys and values come from forward's encoder_output. Submodules: `layernorm_qkv` if
     input_layernorm, else `qkv`, or in cross attention `layernorm_query`, else `query_layer`, and `key_value`, which no norm
@@ -144,7 +146,7 @@ class MultiheadAttention(torch.nn.Module):
         self.num_gqa_groups = gqa_groups(self._label, num_attention_heads, num_gqa_groups)
         self.hidden_size_per_attention_head = self._head_dim(kv_channels)
         self.layer_number = None if layer_number is None else positive_int(self._label, "layer_number", layer_number)
-        self.qkv_format = qkv_layout(self._label, qkv_format)
+        self.qkv_format = one_of(self._label, "qkv_format", qkv_format, FORMATS)
         self.input_layernorm, self.return_bias = input_layernorm, return_bias
         self.return_layernorm_output = return_layernorm_output and input_layernorm
         self.qkv_weight_interleaved = qkv_weight_interleaved  # split parameters lie as [Q; K; V] whatever it says
@@ -248,12 +250,13 @@ class MultiheadAttention(torch.nn.Module):
         fast_zero_fill: bool = True,
         pad_between_seqs: bool | None = None,
     ) -> Any:
-        """hidden_states [S, B, hidden] or [B, S, hidden] -> out of that shape[, bias][, norm output].
+        """hidden_states [S, B, hidden], [B, S, hidden] or [T, hidden] -> out of that shape[, bias][, norm output].
 
-        encoder_output: what cross attention attends to, [T, B, hidden] or [B, T, hidden], in the dtype of hidden_states. Masks and
-        per-call overrides as in DotProductAttention.forward, is_first_microbatch as in Linear.forward. rotary_pos_emb: f32
-        [P >= S, 1, 1, R], the angles that a RotaryPositionEmbedding gives, or a pair of them, for Q and for K. ValueError where
-        encoder_output is missing, given to self attention, or of the wrong shape.
+        encoder_output: what cross attention attends to, [T, B, hidden], [B, T, hidden] or [T, hidden], in the dtype of
+        hidden_states. Masks, lengths (cu_seqlens_*, max_seqlen_*, pad_between_seqs) and per-call overrides as in
+        DotProductAttention.forward, is_first_microbatch as in Linear.forward. rotary_pos_emb: f32 [P, 1, 1, R], the angles that a
+        RotaryPositionEmbedding gives, or a pair of them, for Q and for K; P is at least the longest sequence, in packed ones with
+        the padding behind it. ValueError where encoder_output is missing, given to self attention, or of the wrong shape.
         """
         masking = (attn_mask_type, window_size, bottom_right_diagonal)
         told = (is_first_microbatch, checkpoint_core_attention, inference_params, rotary_pos_emb)
@@ -267,15 +270,16 @@ class MultiheadAttention(torch.nn.Module):
         return self._attend(hidden_states, call, True)
 
     def _attend(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, torch.Tensor]:
-        if hidden.dim() != 3:
+        lead = self.qkv_format[:-2]
+        if hidden.dim() != len(lead) + 1:
             raise ValueError(
-                f"{self._label}: hidden_states must be [{', '.join(self.qkv_format[:2])}, hidden_size={self.hidden_size}], "
-                f"got shape {list(hidden.shape)}"
+                f"{self._label}: hidden_states must be [{', '.join(lead)}, hidden_size={self.hidden_size}], got shape "
+                f"{list(hidden.shape)}"
             )
         self._check_encoder_output(call.encoder_output, hidden)
         project = self._project_self if call.encoder_output is None else self._project_cross
         (query, key, value), norm_out, residual = project(hidden, call, keep_residual)
-        query, key = self._position(query, key, call.rotary_pos_emb, call.inference_params)
+        query, key = self._position(query, key, call)
         out = self.proj(self.core_attention(query, key, value, *call.of_core()), is_first_microbatch=call.first)
         if self.return_bias:
             out = (*out, *norm_out)
@@ -297,10 +301,10 @@ class MultiheadAttention(torch.nn.Module):
             raise (ValueError if encoder_output is None else TypeError)(
                 f"{self._label}: encoder_output must be a tensor, as cross attention attends to it; got {got}"
             )
-        batch_dim, shape = self.qkv_format.index("b"), encoder_output.shape
-        if len(shape) != 3 or shape[2] != self.hidden_size or shape[batch_dim] != hidden.shape[batch_dim]:
-            sizes = ["any length", "any length"]
-            sizes[batch_dim] = f"batch={hidden.shape[batch_dim]}"
+        batch_dim, shape = self.qkv_format.find("b"), encoder_output.shape
+        fits = len(shape) == hidden.dim() and shape[-1] == self.hidden_size
+        if not fits or (batch_dim >= 0 and shape[batch_dim] != hidden.shape[batch_dim]):
+            sizes = [f"batch={hidden.shape[dim]}" if dim == batch_dim else "any length" for dim in range(hidden.dim() - 1)]
             raise ValueError(
                 f"{self._label}: encoder_output must be [{', '.join(sizes)}, hidden_size={self.hidden_size}], as qkv_format is "
                 f"{self.qkv_format!r}; got shape {list(shape)}"
@@ -316,19 +320,26 @@ class MultiheadAttention(torch.nn.Module):
                 "torch.autocast"
             )
 
-    def _position(
-        self, query: torch.Tensor, key: torch.Tensor, rotary_pos_emb: Any, inference_params: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _position(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and K normed and turned, as far as asked for and in the order asked for."""
         if self.q_norm is not None and self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)
-        if rotary_pos_emb is not None:
-            interleaved = self.rotary_pos_interleaved
-            start = first_positions(self._label, inference_params, query.shape[self.qkv_format.index("b")])
-            query, key = rotate_query_and_key(self._label, query, key, rotary_pos_emb, self.qkv_format, interleaved, start)
+        if call.rotary_pos_emb is not None:
+            how = (call.rotary_pos_emb, self.qkv_format, self.rotary_pos_interleaved, self._places(query, key, call))
+            query, key = rotate_query_and_key(self._label, query, key, *how)
         if self.q_norm is not None and not self.qk_norm_before_rope:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key
+
+    def _places(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> tuple[Places, Places] | None:
+        """Where the tokens of Q and of K stand; None if each sequence of a padded batch begins at position 0."""
+        if call.inference_params is not None:
+            places = cached_places(self._label, call.inference_params, query.shape[self.qkv_format.index("b")])
+            return places, places
+        if self.qkv_format != "thd":
+            return None
+        lengths = Lengths(*call.lengths, pad_between_seqs=call.pad_between_seqs)
+        return packed_places(lengths, query.shape[0], key.shape[0], query.device)
 
     def _project_self(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """((Q, K, V), the norm's output if it is to be returned, hidden for the residual branch)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from overdrive.functional.packing import Places
 from overdrive.functional.rotary import rotate
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse
 
@@ -151,23 +152,34 @@ def rotate_query_and_key(
     rotary_pos_emb: Any,
     layout: str,
     interleaved: bool,
-    start: tuple[torch.Tensor, int] | None = None,
+    places: tuple[Places, Places] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q and K [S, B, .., D], or [B, S, .., D] where layout is "bshd", turned by rotary_pos_emb: f32 [P, 1, 1, R], or one each.
+    """Q and K [S, B, .., D], [B, S, .., D] with "bshd", [T, .., D] with "thd", turned by rotary_pos_emb: f32 [P, 1, 1, R], or one
+    each.
 
-    start: the position of each sequence's first token, int [B], and the longest sequence, if they do not all begin at 0.
+    places: of Q and K, one object if they stand alike; None, not with "thd", if every sequence begins at position 0.
     """
     pair = rotary_pos_emb if isinstance(rotary_pos_emb, (tuple, list)) else (rotary_pos_emb, rotary_pos_emb)
     if len(pair) != 2:
         raise ValueError(f"{module}: rotary_pos_emb must be one tensor, or two, for Q and for K; got {len(pair)}")
-    batch_first, together = layout == "bshd", pair[0] is pair[1] and query.shape[:2] == key.shape[:2]
-    for x, freqs in ((query, pair[0]), (key, pair[1]))[: 1 if together else 2]:
-        length = x.shape[1 if batch_first else 0] if start is None else start[1]
-        check_freqs(module, "rotary_pos_emb", freqs, "hidden_states", x, length)
-    options = (interleaved, batch_first, None if start is None else start[0])
+    batch_first, packed = layout == "bshd", layout == "thd"
+    together = pair[0] is pair[1] and query.shape[:-2] == key.shape[:-2]
+    if places is None:
+        dim = 1 if batch_first else 0
+        places = Places(query.shape[dim]), Places(key.shape[dim])
+    else:
+        together = together and places[0] is places[1]
+    for x, freqs, place in ((query, pair[0], places[0]), (key, pair[1], places[1]))[: 1 if together else 2]:
+        check_freqs(module, "rotary_pos_emb", freqs, "hidden_states", x, place.longest)
+    if packed:
+        query, key = query.unsqueeze(1), key.unsqueeze(1)
+    options = (interleaved, batch_first)
     if together:
-        return rotate(query, key, pair[0], *options)
-    return rotate(query, None, pair[0], *options)[0], rotate(key, None, pair[1], *options)[0]
+        query, key = rotate(query, key, pair[0], *options, *places[0][1:])
+    else:
+        query = rotate(query, None, pair[0], *options, *places[0][1:])[0]
+        key = rotate(key, None, pair[1], *options, *places[1][1:])[0]
+    return (query.squeeze(1), key.squeeze(1)) if packed else (query, key)
 
 
 def check_freqs(module: str, name: str, freqs: Any, what: str, x: torch.Tensor, length: int) -> None:

@@ -8,13 +8,13 @@ import torch
 
 from overdrive.functional.attention_mask import Mask
 from overdrive.functional.residual import bias_dropout_add
-from overdrive.modules.attention import mask_kind, probability, qkv_layout
+from overdrive.modules.attention import FORMATS, mask_kind, probability
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_mlp import LayerNormMLP
 from overdrive.modules.multihead_attention import Call, MultiheadAttention, attend_with_residual, watched, with_residual
 
-_PACKED = (
+_LENGTHS = (
     "cu_seqlens_q",
     "cu_seqlens_kv",
     "cu_seqlens_q_padded",
@@ -34,8 +34,9 @@ def _branch(outputs: Any, residual: torch.Tensor) -> tuple[torch.Tensor, torch.T
 class TransformerLayer(torch.nn.Module):
     """x + attention(norm(x)), then the same with an MLP; a GPT or BERT block, in FP8 inside an `autocast`.
 
-    Shapes: [S, B, hidden], or [B, S, hidden] with attn_input_format="bshd". Submodules: `self_attention`, `layernorm_mlp`, and
-    `layernorm` with output_layernorm. Dropout, residual and the MLP's norm are one kernel.
+    Shapes: [S, B, hidden], [B, S, hidden] with attn_input_format="bshd", or [T, hidden] with "thd", sequences packed end to end.
+    Submodules: `self_attention`, `layernorm_mlp`, and `layernorm` with output_layernorm. Dropout, residual and the MLP's norm are
+    one kernel.
 
     layer_type: "encoder", or "decoder", which attends to forward's encoder_output between the two (`inter_attention`, always behind
     a norm of its own); enc_dec_attn_mask_type, enc_dec_window_size and enc_dec_bottom_right_diagonal say to what of it, and are not
@@ -128,10 +129,10 @@ class TransformerLayer(torch.nn.Module):
         self.apply_residual_connection_post_layernorm = apply_residual_connection_post_layernorm
         self.output_layernorm = output_layernorm
         self.parallel_attention_mlp = parallel_attention_mlp
-        self.attn_input_format = qkv_layout(label, attn_input_format, "attn_input_format")
+        self.attn_input_format = one_of(label, "attn_input_format", attn_input_format, FORMATS)
         self.hidden_dropout = probability(label, "hidden_dropout", hidden_dropout)
         self.drop_path_rate = probability(label, "drop_path_rate", drop_path_rate)
-        self._batch_dim = attn_input_format.index("b")
+        self._packed, self._batch_dim = attn_input_format == "thd", attn_input_format.find("b")
 
         common: dict[str, Any] = {
             "init_method": init_method,
@@ -237,34 +238,43 @@ class TransformerLayer(torch.nn.Module):
         fast_zero_fill: bool = True,
         pad_between_seqs: bool | None = None,
     ) -> torch.Tensor:
-        """hidden_states [S, B, hidden] or [B, S, hidden] -> the same shape, in its dtype or torch.autocast's.
+        """hidden_states [S, B, hidden], [B, S, hidden] or [T, hidden] -> the same shape, in its dtype or torch.autocast's.
 
         attention_mask is read with padding and arbitrary masks, see DotProductAttention.forward; rotary_pos_emb: see
-        MultiheadAttention.forward; is_first_microbatch: see Linear's. Only decoders take encoder_output, [T, B, hidden] or
-        [B, T, hidden], and enc_dec_*, which do for their cross attention what the others do for self attention. Rotary embeddings,
-        biases and inference_params are of self attention alone.
+        MultiheadAttention.forward; is_first_microbatch: see Linear's. Only decoders take encoder_output, [T, B, hidden],
+        [B, T, hidden] or [T, hidden], and enc_dec_*, which do for their cross attention what the others do for self attention.
+        Rotary embeddings, biases and inference_params are of self attention alone.
+
+        Packed ("thd") sequences are those of cu_seqlens_q and cu_seqlens_kv, int32 [B + 1], see DotProductAttention.forward; in
+        decoders the first are of hidden_states, in both attentions, the second of encoder_output.
         """
         masking = (self_attn_mask_type, window_size, bottom_right_diagonal)
         cross_masking = (enc_dec_attn_mask_type, enc_dec_window_size, enc_dec_bottom_right_diagonal)
         told = (is_first_microbatch, checkpoint_core_attention)
         bias = (core_attention_bias_type, core_attention_bias, alibi_slopes)
         lengths = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q, max_seqlen_kv)
-        if self.layer_type == "decoder":
-            packed = zip(_PACKED, (*lengths, pad_between_seqs))
-            refuse(self._label, {name: (value, None) for name, value in packed}, "packed sequences are not built for decoders yet")
-        else:
+        own = lengths
+        if self.layer_type == "encoder":
             self._refuse_cross(encoder_output, enc_dec_attn_mask, *cross_masking)
-        call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, lengths, pad_between_seqs)
+        elif self._packed:
+            own = (cu_seqlens_q, cu_seqlens_q, cu_seqlens_q_padded, cu_seqlens_q_padded, max_seqlen_q, max_seqlen_q)
+        else:
+            said = zip(_LENGTHS, (*lengths, pad_between_seqs))
+            refuse(self._label, {name: (value, None) for name, value in said}, "decoders take it with attn_input_format='thd' only")
+        call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, own, pad_between_seqs)
         attended, residual = attend_with_residual(self.self_attention, hidden_states, call)
+        starts = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
+        samples = starts if self._packed else self._batch_dim
         if self.layer_type == "decoder":
-            hidden = self._add(*_branch(attended, residual))
-            call = Call(enc_dec_attn_mask, encoder_output, cross_masking, *told)
+            hidden = self._add(*_branch(attended, residual), samples)
+            rest = {"lengths": lengths, "pad_between_seqs": pad_between_seqs}
+            call = Call(enc_dec_attn_mask, encoder_output, cross_masking, *told, **rest)
             attended, residual = attend_with_residual(self.inter_attention, hidden, call)
         if self.parallel_attention_mlp:
             mlp_out, residual = with_residual(self.layernorm_mlp, residual, is_first_microbatch=is_first_microbatch)
-            return self._add(attended, residual, mlp_out)
-        out, residual = self._mlp(*_branch(attended, residual), is_first_microbatch)
-        out = self._add(out, residual)
+            return self._add(attended, residual, samples, mlp_out)
+        out, residual = self._mlp(*_branch(attended, residual), samples, is_first_microbatch)
+        out = self._add(out, residual, samples)
         return self.layernorm(out) if self.output_layernorm else out
 
     def _refuse_cross(self, *arguments: Any) -> None:
@@ -276,15 +286,15 @@ class TransformerLayer(torch.nn.Module):
                     "layer_type='decoder'"
                 )
 
-    def _mlp(self, x: torch.Tensor, residual: torch.Tensor, first: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mlp(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, first: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The MLP's (x, residual), its input being residual + dropout(x)."""
         if watched(self.layernorm_mlp, "forward_fused_residual") or (self.training and self.drop_path_rate > 0):
-            hidden = self._add(x, residual)
+            hidden = self._add(x, residual, samples)
             return _branch(*with_residual(self.layernorm_mlp, hidden, is_first_microbatch=first))
         dropout = self.hidden_dropout if self.training else 0.0
         return _branch(*self.layernorm_mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
 
-    def _add(self, x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.training:
             return bias_dropout_add(x, bias, residual)
-        return bias_dropout_add(x, bias, residual, self.hidden_dropout, self.drop_path_rate, self._batch_dim)
+        return bias_dropout_add(x, bias, residual, self.hidden_dropout, self.drop_path_rate, samples)

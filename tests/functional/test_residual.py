@@ -83,6 +83,22 @@ def test_drop_path_drops_whole_samples(batch_dim, device):
             torch.testing.assert_close(sample, whole / 0.75, rtol=1e-4, atol=1e-4)
 
 
+def test_drop_path_drops_whole_packed_samples(device):
+    """Tokens behind the last count as its own."""
+    lengths = [index % 4 for index in range(64)]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    x, residual = draw(int(bounds[-1]) + 5, 8, device=device), draw(int(bounds[-1]) + 5, 8, device=device)
+    out = (bias_dropout_add(x, None, residual, 0.0, 0.25, bounds) - residual).detach()
+    ends = [*bounds.tolist()[1:-1], len(x)]
+    dropped = 0
+    for start, end in zip(bounds.tolist(), ends):
+        if start < end and not out[start:end].any():
+            dropped += 1
+        else:
+            torch.testing.assert_close(out[start:end], x[start:end].detach() / 0.75, rtol=1e-4, atol=1e-4)
+    assert 3 <= dropped <= 24  # of 48, expecting 12
+
+
 def test_another_branch_as_bias(device):
     x, other, residual = (draw(4, 5, 8, device=device) for _ in range(3))
     out = bias_dropout_add(x, other, residual)

@@ -284,7 +284,6 @@ def test_per_call_mask_type(device):
         ({"num_gqa_groups": 3}, ValueError, "num_attention_heads=4 must be a multiple of num_gqa_groups=3"),
         ({"normalization": "BatchNorm"}, ValueError, "normalization must be one of 'LayerNorm', 'RMSNorm'; got 'BatchNorm'"),
         ({"attn_mask_type": "diagonal"}, ValueError, "attn_mask_type must be one of"),
-        ({"qkv_format": "thd"}, NotImplementedError, "qkv_format='thd'"),
         ({"qkv_format": "hdsb"}, ValueError, "qkv_format must be one of"),
         ({"attention_type": "other"}, ValueError, "attention_type must be one of 'self', 'cross'; got 'other'"),
         ({"qk_norm_type": "L1Normalization"}, ValueError, "qk_norm_type must be one of"),

@@ -368,7 +368,7 @@ def test_bad_inputs_of_decoders():
     with pytest.raises(ValueError, match=r"attention_mask must be .*7 queries and 5 keys, got \[3, 1, 1, 5\]"):
         layer(x, encoder_output=encoder, enc_dec_attn_mask_type="padding", enc_dec_attn_mask=mask)
     for name, value in (("cu_seqlens_q", torch.zeros(2, dtype=torch.int32)), ("max_seqlen_kv", 5), ("pad_between_seqs", True)):
-        with pytest.raises(NotImplementedError, match=f"{name}=.*packed sequences are not built for decoders yet"):
+        with pytest.raises(NotImplementedError, match=f"{name}=.*decoders take it with attn_input_format='thd' only"):
             layer(x, encoder_output=encoder, **{name: value})
 
 
@@ -540,7 +540,6 @@ def test_fused_and_split_parameters_hold_the_same_layer(device):
         ({"activation": "gellu"}, ValueError, "activation must be one of"),
         ({"self_attn_mask_type": "lower"}, ValueError, "self_attn_mask_type must be one of"),
         ({"attn_input_format": "bhsd"}, ValueError, "attn_input_format must be one of 'sbhd', 'bshd'"),
-        ({"attn_input_format": "thd"}, NotImplementedError, "attn_input_format='thd'"),
         ({"hidden_dropout": 1.0}, ValueError, "hidden_dropout must be a probability"),
         ({"attention_dropout": "0.1"}, ValueError, "attention_dropout must be a probability"),
         ({"drop_path_rate": -1}, ValueError, "drop_path_rate must be a probability"),
