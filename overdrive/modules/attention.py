@@ -213,10 +213,10 @@ class DotProductAttention(torch.nn.Module):
         if inference_params is not None:
             layout, kind = self._layout_of_call(qkv_format), self._kind_of_call(attn_mask_type, window_size, bottom_right_diagonal)
             scores = self._scores(core_attention_bias_type, core_attention_bias, alibi_slopes, query_layer.device)
-            if layout == "thd" or scores is not None or lengths is not NOTHING_SAID:
+            if scores is not None or lengths is not NOTHING_SAID:
                 raise NotImplementedError(
-                    f"{self._label}: inference_params with qkv_format='thd', cu_seqlens_*, a bias, softmax_type or "
-                    f"return_max_logit is {LATER}; leave those out"
+                    f"{self._label}: inference_params with cu_seqlens_*, max_seqlen_*, pad_between_seqs (pre_step says how long "
+                    f"sequences are), a bias, softmax_type or return_max_logit is {LATER}; leave those out"
                 )
             return self._attend_to_cache(inference_params, query_layer, key_layer, value_layer, attention_mask, kind, layout)
         attend, arguments = self._call(

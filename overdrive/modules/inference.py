@@ -10,32 +10,29 @@ import torch
 
 from overdrive.functional.attention_mask import Mask, MaskKind
 from overdrive.functional.kv_cache import append, attend, cache_mask, places
-from overdrive.functional.packing import Places
+from overdrive.functional.packing import Packing, Places, packing
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse
 
 _NAME = "InferenceParams"
 
-
-def _layout(name: str, value: str) -> str:
-    if value == "thd":
-        raise NotImplementedError(f"{_NAME}: {name}='thd' is not built yet; pad the new tokens and use 'sbhd' or 'bshd'")
-    return one_of(_NAME, name, value, ("sbhd", "bshd"))
+_FORMATS = ("sbhd", "bshd", "thd")
 
 
 class InferenceParams:
     """A cache of keys and values for every layer that is given it as `inference_params`, by the layers' layer_number.
 
     Before each forward `pre_step({sequence: new tokens, ...})` says which sequences the batch holds, in its order, and how many
-    tokens each adds; hidden_states then hold these first and padding after them, whose outputs mean nothing. Sequences left out
-    have ended, and their memory is free. Masks with "causal" in their name let a query see its sequence up to itself, others all
-    of it; padding follows from pre_step, so attention_mask is left out. Rotary angles must reach the longest sequence.
+    tokens each adds; hidden_states then hold these first and padding after them, whose outputs mean nothing: of each sequence, or
+    with "thd" of all, one after the other. Sequences left out have ended, and their memory is free. Masks with "causal" in their
+    name let a query see its sequence up to itself, others all of it; padding follows from pre_step, so attention_mask and
+    cu_seqlens_* are left out. Rotary angles must reach the longest sequence.
 
     max_batch_size, max_sequence_length: sequences at once, and tokens of each. num_heads_kv, head_dim_k, head_dim_v (head_dim_k
     unless given), dtype: of keys and values. is_paged: memory is dealt out in total_num_pages pages of page_size tokens, shared by
     all sequences, instead of max_sequence_length tokens for each. max_ctx_len: the most new tokens of a step. device: the current
     GPU where there is one. num_heads_q, head_dim_q, qkv_format and allow_query_conversion describe queries; Transformer Engine
-    copies these, here nothing needs to know, and layers of both "sbhd" and "bshd" may use the cache. ValueError or TypeError for
-    what does not fit, NotImplementedError for "thd" and custom_cache_manager.
+    copies these, here nothing needs to know, and layers of all three formats may use the cache. ValueError or TypeError for what
+    does not fit, NotImplementedError for custom_cache_manager.
 
     Lengths are on the device and shapes constant, so a CUDA graph may capture a forward; pre_step, which writes the lengths, is
     called outside, before each replay.
@@ -61,7 +58,7 @@ class InferenceParams:
         device: torch.device | str | None = None,
     ) -> None:
         refuse(_NAME, {"custom_cache_manager": (custom_cache_manager, None)}, "not built yet")
-        _layout("qkv_format", qkv_format)
+        one_of(_NAME, "qkv_format", qkv_format, _FORMATS)
         self.max_batch_size = positive_int(_NAME, "max_batch_size", max_batch_size)
         self.max_sequence_length = positive_int(_NAME, "max_sequence_length", max_sequence_length)
         self.num_heads_kv = positive_int(_NAME, "num_heads_kv", num_heads_kv)
@@ -94,7 +91,7 @@ class InferenceParams:
         self._free = list(range(self.total_num_pages))
         self._appended: set[int] = set()
         self._plans: dict[Any, Any] = {}
-        self._largest_step = self._longest = 0
+        self._largest_step = self._longest = self._new = 0
         self._host.zero_()
         self._lengths.zero_()
         self._clear(self._free)
@@ -136,6 +133,7 @@ class InferenceParams:
         self._lengths.copy_(self._host, non_blocking=True)  # from pageable memory, which is staged before the call returns
         self._largest_step = max(step_dict.values(), default=0)
         self._longest = max(self.sequences.values(), default=0)
+        self._new = sum(step_dict.values())
         self._appended, self._plans = set(), {}
 
     def _pages_for(self, length: int) -> int:
@@ -200,24 +198,44 @@ class InferenceParams:
         """As get_seqlens_pre_step, for a batch that may have rows of padding after its sequences."""
         return self._lengths[0, :batch]
 
+    def places(self, batch: int | None) -> Places:
+        """Where the new tokens stand, of a batch of so many rows, or, if None, packed."""
+        if batch is not None:
+            return Places(self._longest, self.start_positions(batch))
+        return Places(self._longest, self.start_positions(self._rows), self._cu_seqlens())
+
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, this step's included."""
-        return self._longest
+    def _rows(self) -> int:
+        """Of the batch that packed tokens are padded to; one even of no sequences."""
+        return max(len(self.sequences), 1)
+
+    def _cu_seqlens(self) -> torch.Tensor:
+        """i32 [rows + 1]: where among the packed new tokens each sequence's begin, and the last one's end."""
+        new = self._lengths[1, : self._rows]
+        return self._planned("cu_seqlens", lambda: torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0)))
+
+    def packing_of(self, tokens: int) -> Packing:
+        """How the new tokens lie among `tokens` packed ones."""
+        longest = max(self._largest_step, 1)
+        return self._planned(("packing", tokens), lambda: packing(self._cu_seqlens(), None, longest, tokens))
 
     def step(
         self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Append a layer's new keys and values, [S, B, heads, channels] with "sbhd", [B, S, heads, channels] with "bshd".
+        """Append a layer's new keys and values, [S, B, heads, channels], [B, S, heads, channels] or [T, heads, channels].
 
         Returns (keys, values, page table): the cache itself, [max_batch_size, max_sequence_length, heads, channels] and None, or
         [total_num_pages, page_size, heads, channels] and i32 [B, pages per sequence] if is_paged. B may exceed the sequences of
         pre_step: what is left is padding. Once for each layer after each pre_step, else RuntimeError.
         """
-        batch_first = _layout("qkv_format", qkv_format) == "bshd"
-        self._check_new(layer_number, new_k, new_v, batch_first)
+        layout = one_of(_NAME, "qkv_format", qkv_format, _FORMATS)
+        self._check_new(layer_number, new_k, new_v, layout)
         self._appended.add(layer_number)
         self.allocate_memory(layer_number)
+        if layout == "thd":
+            packing = self.packing_of(new_k.shape[0])
+            new_k, new_v = packing.pad(new_k), packing.pad(new_v)
+        batch_first = layout != "sbhd"
         batch, new = new_k.shape[:2] if batch_first else (new_k.shape[1], new_k.shape[0])
         caches = self._caches[layer_number]
         table = self._lengths[2:, :batch].t()
@@ -237,7 +255,7 @@ class InferenceParams:
         """What all layers of a step share, made by the first; a graph that is captured makes its own, to renew it at replay."""
         if torch.compiler.is_compiling():  # the compiler finds what is the same
             return make()
-        key = (*key, self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        key = (key, self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
@@ -258,7 +276,7 @@ class InferenceParams:
         table = self._lengths[2:, :batch].t()
         return key[table].flatten(1, 2), value[table].flatten(1, 2)
 
-    def _check_new(self, layer_number: Any, new_k: torch.Tensor, new_v: torch.Tensor, batch_first: bool) -> None:
+    def _check_new(self, layer_number: Any, new_k: torch.Tensor, new_v: torch.Tensor, layout: str) -> None:
         positive_int(_NAME, "layer_number", layer_number)
         if layer_number in self._appended:
             raise RuntimeError(
@@ -266,17 +284,22 @@ class InferenceParams:
                 "forward, and give every layer a layer_number of its own"
             )
         for name, x, width in (("new_k", new_k, self.head_dim_k), ("new_v", new_v, self.head_dim_v)):
-            if x.dim() != 4 or x.shape[2:] != (self.num_heads_kv, width) or x.shape[:2] != new_k.shape[:2]:
+            fits = x.dim() == len(layout) and x.shape[:-2] == new_k.shape[:-2]
+            if not fits or x.shape[-2:] != (self.num_heads_kv, width):
                 raise ValueError(
-                    f"{_NAME}: {name} must be [{'b, s' if batch_first else 's, b'}, num_heads_kv={self.num_heads_kv}, {width}], "
-                    f"as the cache was made; got {list(x.shape)}"
+                    f"{_NAME}: {name} must be [{', '.join(layout[:-2])}, num_heads_kv={self.num_heads_kv}, {width}], as the cache "
+                    f"was made; got {list(x.shape)}"
                 )
             if x.dtype != self.dtype or x.device != self.device:
                 raise TypeError(
                     f"{_NAME}: {name} is {x.dtype} on {x.device}, the cache was made with dtype={self.dtype} on {self.device}; "
                     "make it with the layers' own"
                 )
-        batch, new = new_k.shape[:2] if batch_first else (new_k.shape[1], new_k.shape[0])
+        if layout == "thd":
+            if new_k.shape[0] < self._new:
+                raise ValueError(f"{_NAME}: pre_step was told of {self._new} new tokens, there are {new_k.shape[0]} packed ones")
+            return
+        batch, new = new_k.shape[:2] if layout == "bshd" else (new_k.shape[1], new_k.shape[0])
         if not len(self.sequences) <= batch <= self.max_batch_size:
             raise ValueError(
                 f"{_NAME}: the batch has {batch} sequences; it must have the {len(self.sequences)} that pre_step was told of, or "
@@ -299,10 +322,10 @@ def _check_type(module: str, inference_params: Any) -> None:
         raise TypeError(f"{module}: inference_params must be an InferenceParams, got {type(inference_params).__name__}")
 
 
-def cached_places(module: str, inference_params: Any, batch: int) -> Places:
-    """Where the new tokens of a batch that has as many rows stand."""
+def cached_places(module: str, inference_params: Any, batch: int | None) -> Places:
+    """InferenceParams.places."""
     _check_type(module, inference_params)
-    return Places(inference_params.longest, inference_params.start_positions(batch))
+    return inference_params.places(batch)
 
 
 def attend_to_cache(
@@ -318,7 +341,9 @@ def attend_to_cache(
     dropout: float,
     scale: float,
 ) -> torch.Tensor:
-    """Append K and V to the layer's cache, and attend to all of it: [S, B, H, D], [S, B, G, D], [S, B, G, E] -> [S, B, H * E]."""
+    """Append K and V to the layer's cache, and attend to all of it: [S, B, H, D], [S, B, G, D], [S, B, G, E] -> [S, B, H * E], or
+    whatever `layout` puts in place of S and B.
+    """
     _check_type(module, inference_params)
     if layer_number is None:
         raise ValueError(f"{module}: inference_params keeps a cache per layer, and this one has no layer_number; give it one")
@@ -329,9 +354,16 @@ def attend_to_cache(
     if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         what = "dropout is" if dropout else "gradients are"
         raise RuntimeError(f"{module}: inference_params is for inference, but {what} on; use .eval() and torch.no_grad()")
+    if layout == "thd" and query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"{module}: query_layer and key_layer must have as many tokens with inference_params, got {query.shape[0]} and "
+            f"{key.shape[0]}"
+        )
     inference_params.step(layer_number, key, value, layout)
-    batch_first = layout == "bshd"
+    packing = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
+    query, batch_first = query if packing is None else packing.pad(query), layout != "sbhd"
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
     mask, dead = inference_params.mask(batch, new, kind.causal)
-    return attend(query, keys, values, mask, dead, batch_first, scale)
+    out = attend(query, keys, values, mask, dead, batch_first, scale)
+    return out if packing is None else packing.pack(out)

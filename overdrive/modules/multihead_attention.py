@@ -334,7 +334,8 @@ class MultiheadAttention(torch.nn.Module):
     def _places(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> tuple[Places, Places] | None:
         """Where the tokens of Q and of K stand; None if each sequence of a padded batch begins at position 0."""
         if call.inference_params is not None:
-            places = cached_places(self._label, call.inference_params, query.shape[self.qkv_format.index("b")])
+            batch = None if self.qkv_format == "thd" else query.shape[self.qkv_format.index("b")]
+            places = cached_places(self._label, call.inference_params, batch)
             return places, places
         if self.qkv_format != "thd":
             return None

@@ -246,22 +246,24 @@ class TransformerLayer(torch.nn.Module):
         Rotary embeddings, biases and inference_params are of self attention alone.
 
         Packed ("thd") sequences are those of cu_seqlens_q and cu_seqlens_kv, int32 [B + 1], see DotProductAttention.forward; in
-        decoders the first are of hidden_states, in both attentions, the second of encoder_output.
+        decoders the first are of hidden_states, in both attentions, the second of encoder_output. With inference_params they are
+        of cross attention alone.
         """
         masking = (self_attn_mask_type, window_size, bottom_right_diagonal)
         cross_masking = (enc_dec_attn_mask_type, enc_dec_window_size, enc_dec_bottom_right_diagonal)
         told = (is_first_microbatch, checkpoint_core_attention)
         bias = (core_attention_bias_type, core_attention_bias, alibi_slopes)
         lengths = (cu_seqlens_q, cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q, max_seqlen_kv)
-        own = lengths
+        own, gaps = lengths, pad_between_seqs
         if self.layer_type == "encoder":
             self._refuse_cross(encoder_output, enc_dec_attn_mask, *cross_masking)
         elif self._packed:
             own = (cu_seqlens_q, cu_seqlens_q, cu_seqlens_q_padded, cu_seqlens_q_padded, max_seqlen_q, max_seqlen_q)
+            own, gaps = (own, gaps) if inference_params is None else ((None,) * 6, None)
         else:
             said = zip(_LENGTHS, (*lengths, pad_between_seqs))
             refuse(self._label, {name: (value, None) for name, value in said}, "decoders take it with attn_input_format='thd' only")
-        call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, own, pad_between_seqs)
+        call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, own, gaps)
         attended, residual = attend_with_residual(self.self_attention, hidden_states, call)
         starts = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
         samples = starts if self._packed else self._batch_dim

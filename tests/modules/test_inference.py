@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -44,6 +45,8 @@ def tokens(device, dtype=torch.float32, batch=1, length=1, value_dim=DIM, layout
 
 def batch_of(new, steps, layout, filler, spare=0):
     """The sequences' new tokens [tokens, ...] as one batch, `filler` in its padding and in `spare` tokens and rows more."""
+    if layout == "thd":
+        return torch.cat([*new, new[0].new_full((spare, *new[0].shape[1:]), filler)])
     length = max(steps.values()) + spare
     batch = torch.full((len(new) + spare, length, *new[0].shape[1:]), filler, dtype=new[0].dtype, device=new[0].device)
     for row, x in zip(batch, new):
@@ -51,8 +54,17 @@ def batch_of(new, steps, layout, filler, spare=0):
     return batch if layout == "bshd" else batch.transpose(0, 1)
 
 
+def rows_of(out, steps, layout):
+    """What `out` says of each sequence and its padding, and of padding between and behind."""
+    if layout == "thd":
+        *rows, rest = out.split([*steps.values(), len(out) - sum(steps.values())])
+        return rows, rest
+    out = out if layout == "bshd" else out.transpose(0, 1)
+    return out[: len(steps)], out[len(steps) :]
+
+
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("layout", ["bshd", "sbhd"])
+@pytest.mark.parametrize("layout", ["bshd", "sbhd", "thd"])
 @pytest.mark.parametrize("mask_type", ["causal", "padding_causal", "causal_bottom_right", "no_mask", "padding"])
 @pytest.mark.parametrize(("dtype", "value_dim"), [(torch.float32, VALUE_DIM), (torch.float16, DIM), (torch.bfloat16, DIM)])
 def test_ragged_sequences_that_come_grow_and_end(device, dtype, value_dim, mask_type, layout, memory):
@@ -69,9 +81,9 @@ def test_ragged_sequences_that_come_grow_and_end(device, dtype, value_dim, mask_
         assert params.sequences == {name: len(past[name][0]) for name in steps}
         batch = [batch_of([new[name][i] for name in steps], steps, layout, math.nan, spare) for i in range(3)]
         out = module(*batch, inference_params=params)
-        assert out.shape == (*batch[0].shape[:2], HEADS * value_dim)
-        out = out if layout == "bshd" else out.transpose(0, 1)
-        for row, (name, count) in zip(out, steps.items()):
+        assert out.shape == (*batch[0].shape[:-2], HEADS * value_dim)
+        rows, rest = rows_of(out, steps, layout)
+        for row, (name, count) in zip(rows, steps.items()):
             if count:
                 q, k, v = (x.cpu().double().transpose(0, 1)[None] for x in past[name])
                 q = q[:, :, -count:]
@@ -79,11 +91,11 @@ def test_ragged_sequences_that_come_grow_and_end(device, dtype, value_dim, mask_
                 expected = attend(q, k, v, hidden)[0].transpose(0, 1).flatten(1)
                 assert_close(row[:count], expected, dtype, what=f"step {index}, sequence {name}", depth=2)
             assert not row[count:].any(), "padding gives zeros"
-        assert not out[len(steps) :].any()
+        assert not rest.any()
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("layout", ["bshd", "sbhd"])
+@pytest.mark.parametrize("layout", ["bshd", "sbhd", "thd"])
 @pytest.mark.parametrize("rotary", [None, "one", "pair"])
 @pytest.mark.parametrize("split", [[9], [1] * 9, [4, 1, 3, 1]])
 def test_layers_with_a_cache_are_layers_without(device, split, rotary, layout, memory):
@@ -98,10 +110,14 @@ def test_layers_with_a_cache_are_layers_without(device, split, rotary, layout, m
     x, lead = torch.randn(2, 12, size, device=device), 3  # the second sequence is three tokens ahead
 
     def run(x, params):
-        x = x if layout == "bshd" else x.transpose(0, 1)
+        shape, call = x.shape, {"inference_params": params, "rotary_pos_emb": freqs}
+        if layout == "thd":
+            ends = torch.arange(len(x) + 1, dtype=torch.int32, device=device) * x.shape[1]
+            call |= {} if params else {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+        x = {"bshd": x, "sbhd": x.transpose(0, 1), "thd": x.flatten(0, 1)}[layout]
         for layer in layers:
-            x = layer(x, inference_params=params, rotary_pos_emb=freqs)
-        return x if layout == "bshd" else x.transpose(0, 1)
+            x = layer(x, **call)
+        return x.transpose(0, 1) if layout == "sbhd" else x.view(shape)
 
     params, done = cache(device, dtype, memory), 0
     with torch.no_grad():
@@ -171,7 +187,11 @@ def test_what_step_returns(device):
             assert keys.shape == values.shape == (4, LENGTH, GROUPS, DIM)
             assert table is None
             assert_same_bits(values[0, :6], v[0])
-        flat_keys, flat_values = params.convert_paged_to_nonpaged(7)
+        packed = [torch.cat((x[0], x[1, :2], x[1, 2:] * math.nan)) for x in (k, v)]  # tokens of no sequence behind
+        pages = params.step(8, *packed, "thd")
+        flat_keys, flat_values = params.convert_paged_to_nonpaged(8)
+        assert_same_bits(pages[0], keys)
+        assert_same_bits(pages[1], values)
         assert_same_bits(flat_keys[0, :6], k[0])
         assert_same_bits(flat_values[1, :2], v[1, :2])
 
@@ -208,10 +228,72 @@ def test_under_autocast_the_cache_is_of_its_dtype(device):
     assert out.dtype == torch.bfloat16
 
 
+class Model(torch.nn.Module):
+    """Tokens to logits, through layers of packed sequences."""
+
+    def __init__(self, device, **options):
+        super().__init__()
+        size = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "device": device, "attn_input_format": "thd", **options}
+        self.embedding = torch.nn.Embedding(64, HEADS * DIM, device=device)
+        self.layers = torch.nn.ModuleList(
+            te.TransformerLayer(HEADS * DIM, 128, HEADS, GROUPS, layer_number=i, **size) for i in (1, 2)
+        )
+        self.head = torch.nn.Linear(HEADS * DIM, 64, bias=False, device=device)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+        self.freqs = te.RotaryPositionEmbedding(DIM)(LENGTH).to(device)
+
+    def forward(self, sequences, **call):
+        """The last logits of each of `sequences`, lists of tokens."""
+        x = self.embedding(torch.tensor([*itertools.chain(*sequences)], device=self.embedding.weight.device))
+        for layer in self.layers:
+            x = layer(x, rotary_pos_emb=self.freqs, **call)
+        ends = torch.tensor([len(tokens) for tokens in sequences]).cumsum(0)
+        return self.head(x[ends - 1])
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_packed_generation_gives_the_tokens_of_no_cache(device, decoder, memory):
+    """Ragged prompts in one prefill, then a token of each; sequences end and begin on the way."""
+    model = Model(device, **({"layer_type": "decoder"} if decoder else {})).eval()
+    encoded = {name: torch.randn(length, HEADS * DIM, device=device) for name, length in zip("abcd", (3, 1, 4, 2))}
+
+    def bounds(lengths):
+        return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+
+    def call_of(batch, params):
+        queries = bounds([len(tokens) for tokens in batch.values()])
+        if not decoder:
+            return {"inference_params": params} if params else {"cu_seqlens_q": queries, "cu_seqlens_kv": queries}
+        keys = [encoded[name] for name in batch]
+        lengths = {"cu_seqlens_q": queries, "cu_seqlens_kv": bounds([len(x) for x in keys])}
+        return {"inference_params": params, "encoder_output": torch.cat(keys), **lengths}
+
+    prompts = {name: torch.randint(64, (length,)).tolist() for name, length in zip("abcd", (5, 1, 9, 2))}
+    params, whole = cache(device, memory=memory), {name: prompts[name] for name in "abc"}
+    new = dict(whole)
+    with torch.no_grad():
+        for step in range(9):
+            if step == 3:  # b ends, d begins in the same step in which the others add a token
+                del whole["b"], new["b"]
+                whole["d"] = new["d"] = prompts["d"]
+            params.pre_step({name: len(tokens) for name, tokens in new.items()})
+            cached = model(list(new.values()), **call_of(new, params)).argmax(-1).tolist()
+            uncached = model(list(whole.values()), **call_of(whole, None)).argmax(-1).tolist()
+            assert cached == uncached, f"step {step}"
+            new = {name: [token] for name, token in zip(whole, cached)}
+            whole = {name: whole[name] + new[name] for name in whole}
+    pairs = {pair for tokens in whole.values() for pair in itertools.pairwise(tokens)}
+    assert len(pairs) > len({first for first, _ in pairs}), "the next token is not a matter of the last one alone"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Online softmax.*")  # torch.compile's own
-def test_a_compiled_layer_decodes_without_recompiling(device):
+@pytest.mark.parametrize("layout", ["bshd", "thd"])
+def test_a_compiled_layer_decodes_without_recompiling(layout, device):
     """One graph for the prompt, one for all tokens after it."""
-    options = {"layer_number": 1, "attn_input_format": "bshd", "hidden_dropout": 0.0, "attention_dropout": 0.0, "device": device}
+    options = {"layer_number": 1, "attn_input_format": layout, "hidden_dropout": 0.0, "attention_dropout": 0.0, "device": device}
     layer = te.TransformerLayer(HEADS * DIM, 128, HEADS, GROUPS, **options).eval()
     torch._dynamo.reset()
     compiled, x = torch.compile(layer, fullgraph=True), torch.randn(2, 16, HEADS * DIM, device=device)
@@ -221,7 +303,7 @@ def test_a_compiled_layer_decodes_without_recompiling(device):
         for index, (done, count) in enumerate([(0, 4), *((4 + i, 1) for i in range(12))]):
             for cached in (params, expected):
                 cached.pre_step({"a": count, "b": count})
-            new = x[:, done : done + count]
+            new = x[:, done : done + count] if layout == "bshd" else x[:, done : done + count].flatten(0, 1)
             want = layer(new, inference_params=expected, rotary_pos_emb=freqs)
             with torch._dynamo.config.patch(error_on_recompile=index > 1):
                 out = compiled(new, inference_params=params, rotary_pos_emb=freqs)
@@ -264,7 +346,6 @@ def test_a_cache_that_overflows_says_so_and_stays_as_it_was(device, memory, step
         ({"is_paged": True, "page_size": 4}, TypeError, "total_num_pages must be an int, got NoneType"),
         ({"is_paged": True, "total_num_pages": 4}, TypeError, "page_size must be an int, got NoneType"),
         ({"page_size": 4}, ValueError, "page_size=4 goes with is_paged=True"),
-        ({"qkv_format": "thd"}, NotImplementedError, "qkv_format='thd'"),
         ({"qkv_format": "bhsd"}, ValueError, "qkv_format must be one of 'sbhd', 'bshd'"),
         ({"custom_cache_manager": object()}, NotImplementedError, "custom_cache_manager"),
     ],
@@ -294,6 +375,22 @@ def test_new_tokens_that_do_not_fit(device, batch, length, dtype, heads, error, 
     assert_same_bits(params.step(1, *tokens(device, batch=2, length=2)[1:], "bshd")[0][2:], torch.zeros(2, LENGTH, GROUPS, DIM))
 
 
+def test_packed_tokens_that_do_not_fit(device):
+    params, module = cache(device), core("thd")
+    params.pre_step({"a": 2, "b": 3})
+    q, k, v = (x[0] for x in tokens(device, length=5))
+    with pytest.raises(ValueError, match="pre_step was told of 5 new tokens, there are 4 packed ones"):
+        module(q[:4], k[:4], v[:4], inference_params=params)
+    with pytest.raises(ValueError, match=r"new_v must be \[t, num_heads_kv=2, 16\], as the cache was made; got \[4, 2, 16\]"):
+        params.step(1, k, v[:4], "thd")
+    with pytest.raises(ValueError, match="query_layer and key_layer must have as many tokens with inference_params, got 4 and 5"):
+        module(q[:4], k, v, inference_params=params)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    with pytest.raises(NotImplementedError, match=r"inference_params with cu_seqlens_\*.*pre_step says how long"):
+        module(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds, inference_params=params)
+    module(q, k, v, inference_params=params)
+
+
 def test_calls_that_make_no_sense(device):
     q, k, v = tokens(device)
     params = cache(device)
@@ -315,8 +412,8 @@ def test_calls_that_make_no_sense(device):
         core()(q.clone().requires_grad_(), k, v, inference_params=params)
     with pytest.raises(RuntimeError, match="inference_params is for inference, but dropout is on"):
         core(attention_dropout=0.5)(q, k, v, inference_params=params)
-    with pytest.raises(NotImplementedError, match="qkv_format='thd'"):
-        params.step(1, k, v, "thd")
+    with pytest.raises(ValueError, match="qkv_format must be one of 'sbhd', 'bshd', 'thd'; got 'bhsd'"):
+        params.step(1, k, v, "bhsd")
     core()(q, k, v, inference_params=params)
     with pytest.raises(RuntimeError, match=r"layer_number=1 has appended .* call pre_step before each forward"):
         core()(q, k, v, inference_params=params)
@@ -338,8 +435,8 @@ def test_angles_must_reach_the_longest_sequence(device):
 # --- on the GPU ---------------------------------------------------------------------------------------------------------
 
 
-def _decoder(dtype):
-    options = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "params_dtype": dtype, "attn_input_format": "bshd"}
+def _decoder(dtype, layout):
+    options = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "params_dtype": dtype, "attn_input_format": layout}
     return [te.TransformerLayer(HEADS * DIM, 128, HEADS, GROUPS, layer_number=i, **options).eval() for i in (1, 2)]
 
 
@@ -352,19 +449,22 @@ def _decode(layers, x, params, freqs):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("memory", MEMORY)
-def test_decoding_waits_for_nothing_and_replays_as_a_graph(memory):
+@pytest.mark.parametrize("layout", ["bshd", "thd"])
+def test_decoding_waits_for_nothing_and_replays_as_a_graph(layout, memory):
     """Sequences of different lengths, the same ones throughout; a replay after pre_step is the next step."""
-    layers, dtype = _decoder(torch.bfloat16), torch.bfloat16
+    layers, dtype = _decoder(torch.bfloat16, layout), torch.bfloat16
     freqs = te.RotaryPositionEmbedding(DIM)(LENGTH).cuda()
     eager, graphed = (cache("cuda", dtype, memory) for _ in range(2))
     x = torch.randn(10, 3, 5, HEADS * DIM).to("cuda", dtype)
-    one_each, static = dict.fromkeys("abc", 1), torch.empty_like(x[0, :, :1])
+    prompts = x[0] if layout == "bshd" else torch.cat((x[0, 0], x[0, 1, :2], x[0, 2, :3]))
+    x = x[:, :, :1] if layout == "bshd" else x[:, :, 0]
+    one_each, static = dict.fromkeys("abc", 1), torch.empty_like(x[0])
     with torch.inference_mode():
         for params in (eager, graphed):
             params.pre_step({"a": 5, "b": 2, "c": 3})
-            _decode(layers, x[0], params, freqs)
+            _decode(layers, prompts, params, freqs)
             params.pre_step(one_each)
-            _decode(layers, x[1, :, :1], params, freqs)
+            _decode(layers, x[1], params, freqs)
         graph = torch.cuda.CUDAGraph()
         graphed.pre_step(dict.fromkeys("abc", 0))
         torch.cuda.synchronize()
@@ -374,9 +474,9 @@ def test_decoding_waits_for_nothing_and_replays_as_a_graph(memory):
             try:
                 torch.cuda.set_sync_debug_mode("error")
                 eager.pre_step(one_each)
-                expected = _decode(layers, x[index, :, :1], eager, freqs)
+                expected = _decode(layers, x[index], eager, freqs)
                 graphed.pre_step(one_each)
-                static.copy_(x[index, :, :1])
+                static.copy_(x[index])
                 graph.replay()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
