@@ -233,8 +233,8 @@ class InferenceParams:
         self._appended.add(layer_number)
         self.allocate_memory(layer_number)
         if layout == "thd":
-            packing = self.packing_of(new_k.shape[0])
-            new_k, new_v = packing.pad(new_k), packing.pad(new_v)
+            packed = self.packing_of(new_k.shape[0])
+            new_k, new_v = packed.pad(new_k), packed.pad(new_v)
         batch_first = layout != "sbhd"
         batch, new = new_k.shape[:2] if batch_first else (new_k.shape[1], new_k.shape[0])
         caches = self._caches[layer_number]
@@ -360,10 +360,10 @@ def attend_to_cache(
             f"{key.shape[0]}"
         )
     inference_params.step(layer_number, key, value, layout)
-    packing = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
-    query, batch_first = query if packing is None else packing.pad(query), layout != "sbhd"
+    packed = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
+    query, batch_first = query if packed is None else packed.pad(query), layout != "sbhd"
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
     mask, dead = inference_params.mask(batch, new, kind.causal)
     out = attend(query, keys, values, mask, dead, batch_first, scale)
-    return out if packing is None else packing.pack(out)
+    return out if packed is None else packed.pack(out)
