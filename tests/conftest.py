@@ -45,12 +45,9 @@ def _no_graphs() -> Iterator[None]:
         arena(torch.device("cuda", torch.cuda.current_device())).captured = False
 
 
-_EMPTY = torch.empty
-
-
 def _new_empty(like, *size, dtype=None, device=None):
-    """Tensor.new_empty in terms that the compiler can follow from here."""
-    return _EMPTY(*size, dtype=like.dtype if dtype is None else dtype, device=like.device if device is None else device)
+    """Tensor.new_empty in terms that the compiler can follow from here: it knows what is not patched."""
+    return torch.zeros(*size, dtype=like.dtype if dtype is None else dtype, device=like.device if device is None else device)
 
 
 def _poisoning(allocate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,9 @@ def make_graphed_callables(
     scaled = [part for module in several for part in module.modules() if isinstance(part, Module)]
     states = [part.scaling_state() for part in scaled]
     forwards = [module.forward for module in several]
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a graph that is freed inside of another's capture ends that
     try:
         for module in several:
             module.forward = _inside(
@@ -64,6 +68,8 @@ def make_graphed_callables(
             module.forward = forward
         raise
     finally:
+        if collects:
+            gc.enable()
         for part, state in zip(scaled, states):
             part.set_scaling_state(state)
     return modules

@@ -374,7 +374,7 @@ BAD = [
 def test_bad_packings(arguments, error, message, turned):
     layer, _ = layers("cpu")
     call = {"cu_seqlens_q": offsets(0, 3, 7), "cu_seqlens_kv": offsets(0, 3, 7), **arguments}
-    freqs = te.RotaryPositionEmbedding(DIM)(8) if turned else None
+    freqs = te.RotaryPositionEmbedding(DIM)(8).cpu() if turned else None
     with pytest.raises(error, match=message):
         layer(torch.randn(7, HIDDEN), rotary_pos_emb=freqs, **call)
 
@@ -394,7 +394,7 @@ def test_bad_shapes_and_angles():
     layer, _ = layers("cpu")
     with pytest.raises(ValueError, match=r"hidden_states must be \[t, hidden_size=32\].*got shape \[7, 1, 32\]"):
         layer(torch.randn(7, 1, HIDDEN))
-    bounds, freqs = offsets(0, 2, 7), te.RotaryPositionEmbedding(DIM)(4)
+    bounds, freqs = offsets(0, 2, 7), te.RotaryPositionEmbedding(DIM)(4).cpu()
     with pytest.raises(ValueError, match="rotary_pos_emb has 4 positions, the sequence 5"):
         layer(torch.randn(7, HIDDEN), cu_seqlens_q=bounds, cu_seqlens_kv=bounds, rotary_pos_emb=freqs)
     padded = {"cu_seqlens_q_padded": bounds, "cu_seqlens_kv_padded": bounds}
