@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from overdrive.functional.attention_mask import Mask, MaskKind, places, score_mask, square_causal
+from overdrive.functional.attention_mask import Mask, MaskKind, document_mask, places, score_mask, square_causal
 from overdrive.functional.flex import flex
 from overdrive.functional.node import applied, first_order
 from overdrive.functional.packing import Packing
@@ -59,7 +59,8 @@ class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
     sdpa: which of torch's it is; package: or what must be installed for it. heavy: it takes more host time than others.
-    offset, max_logit: whether it takes and gives what Scores says. on_request: it runs only where it is forced.
+    offset, max_logit: whether it takes and gives what Scores says. packed: it takes packed sequences as they lie, the others padded
+    ones. on_request: it runs only where it is forced.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Backend(NamedTuple):
     biases: tuple[str, ...] = ("none",)
     offset: bool = False
     max_logit: bool = False
+    packed: bool = False
     on_request: bool = False
 
 
@@ -120,7 +122,7 @@ BACKENDS = (
     ),
     Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES),
     Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, offset=True, max_logit=True),
-    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, on_request=True),
+    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, packed=True, on_request=True),
 )
 """Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; the reference takes all."""
 
@@ -454,8 +456,21 @@ def packed_attention(
     scores: Scores | None = None,
 ) -> Any:
     """dot_product_attention within each sequence of [N, H, D], [M, G, D], [M, G, E] -> [N, H * E]; tokens of none give zeros."""
+    if _takes_packed(query, key, value, packing_q, dropout, scores):
+        mask, offset = document_mask(kind, packing_q, packing_kv), None if scores is None else scores.offset
+        query, key, value = (x.transpose(0, 1)[None] for x in autocasted(query, key, value))
+        return flex(query, key, value, mask, False, scale, None, offset)[0].transpose(0, 1).flatten(1)
     out = dot_product_attention(*padded_arguments(query, key, value, packing_q, packing_kv, kind, dropout, scale, scores))
     return (packing_q.pack(out[0]), out[1]) if isinstance(out, tuple) else packing_q.pack(out)
+
+
+def _takes_packed(query, key, value, packing_q: Packing, dropout: float, scores: Scores | None) -> bool:
+    """Whether the backend takes packed sequences as they lie; biases, which are of padded ones, never are."""
+    if query.numel() == 0 or key.numel() == 0 or (scores is not None and (scores.bias is not None or scores.slopes is not None)):
+        return False
+    views = (x.transpose(0, 1)[None] for x in autocasted(query, key, value))
+    names, _ = _route(*_case(*views, packing_q.padded, False, dropout, *(() if scores is None else _scores_case(scores, None))))
+    return _BY_NAME[names[0]].packed
 
 
 def padded_arguments(query, key, value, packing_q: Packing, packing_kv: Packing, kind: MaskKind, *rest: Any) -> tuple[Any, ...]:

@@ -5,11 +5,16 @@ Shapes: B batch, H heads, S queries, T keys. In a caller's mask True = masked ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from overdrive.functional.packing import Packing
+
 Mask = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(batch, head, query, key), all i64 [] -> bool []: whether the query attends to the key."""
 
 
 class MaskKind(NamedTuple):
@@ -117,3 +122,22 @@ def score_mask(
         assert padded is not None
         dead = dead | padded.transpose(2, 3)
     return allowed, False, dead
+
+
+def document_mask(kind: MaskKind, packing_q: Packing, packing_kv: Packing) -> MaskFunction:
+    """What score_mask says of the padded sequences, of packed tokens as they lie; those of no sequence attend to nothing."""
+    queries, keys = packing_q.padded.shape[-1], packing_kv.padded.shape[-1]
+    document, row = packing_q.inverse // queries, packing_q.inverse % queries  # no sequence: document -1
+    key_document, column = packing_kv.inverse // keys, packing_kv.inverse % keys
+    shift = diagonal(kind, (packing_q.padded, packing_kv.padded), queries, keys)
+    if isinstance(shift, torch.Tensor):
+        row = row + shift.flatten()[document]
+    left, right = kind.left, 0 if kind.causal else kind.right
+
+    def allowed(batch, head, i, j):
+        seen = (document[i] == key_document[j]) & (document[i] >= 0)
+        if right >= 0:
+            seen = seen & (column[j] <= row[i] + right)
+        return seen & (column[j] >= row[i] - left) if left >= 0 else seen
+
+    return allowed

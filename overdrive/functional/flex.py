@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from overdrive.functional.attention_mask import square_causal
+from overdrive.functional.attention_mask import MaskFunction, square_causal
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def flex(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | MaskFunction | None = None,
     causal: bool = False,
     scale: float | None = None,
     bias: torch.Tensor | None = None,
@@ -29,7 +29,8 @@ def flex(
 ) -> torch.Tensor:
     """[B, H, S, D], [B, G, T, D], [B, G, T, E] -> [B, H, S, E]; mask, causal, bias and offset as in scored_attention.
 
-    Outside of CUDA it is torch's dense form of it, forward only.
+    A mask may also be a function, the same for every batch element and head; a query that it lets see nothing gives zeros. Outside
+    of CUDA it is torch's dense form of it, forward only.
     """
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
@@ -37,10 +38,12 @@ def flex(
     keys, blocks = key.shape[2], None
     if causal:
         mask = square_causal(queries, query.device)
-    if mask is not None:
+    if isinstance(mask, torch.Tensor):
         lead = (None if mask.shape[0] == 1 else batch, None if mask.shape[1] == 1 else heads)
         allowed = mask.expand(batch, heads, queries, keys)
         blocks = create_block_mask(lambda b, h, i, j: allowed[b, h, i, j], *lead, queries, keys, query.device)
+    elif mask is not None:
+        blocks = create_block_mask(mask, None, None, queries, keys, query.device)
     added = None if bias is None else bias.expand(batch, heads, queries, keys)
     add_bias = None if added is None else lambda score, b, h, i, j: score + added[b, h, i, j]
     run = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from overdrive.functional import attention
 from overdrive.functional.attention import default_slopes, reference_attention
 from overdrive.functional.flex import flex
 from overdrive.modules.attention import DotProductAttention
@@ -436,6 +437,43 @@ def test_flex_is_the_reference(mask, biased, with_offset, device):
         hidden[..., 0] = True
     want, _ = reference_attention(*(x.double() for x in (q, k, v)), hidden, mask == "causal", 0.0, 0.3, bias, offset)
     assert_close(flex(q, k, v, hidden, mask == "causal", 0.3, bias, offset), want.cpu(), torch.float32, depth=4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("layout", ["thd", "thd padded"])
+@pytest.mark.parametrize("softmax", ["vanilla", "learnable"])
+@pytest.mark.parametrize(
+    ("mask", "window", "bottom_right"),
+    [
+        ("no_mask", None, None),
+        ("padding", (2, 1), None),
+        ("padding", (2, 1), False),
+        ("padding_causal", None, None),
+        ("padding_causal", (3, 0), True),
+        ("padding_causal_bottom_right", None, None),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(7, 7), (5, 9), (9, 5)])
+def test_flex_takes_packed_sequences_as_they_lie(sizes, mask, window, bottom_right, softmax, layout, device, monkeypatch):
+    """On the CPU torch's dense form of it, which the table does not offer there, and forward only."""
+    seen = []
+    monkeypatch.setitem(attention._BY_NAME, "flex", attention._BY_NAME["flex"]._replace(devices=("cpu", "cuda")))
+    monkeypatch.setattr(attention, "flex", lambda query, *rest: (seen.append(query.shape), flex(query, *rest))[1])
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flex")
+    attention._chosen.cache_clear()
+    plain = {name: values[0] for name, values in FEATURES.items()}
+    said = {"layout": layout, "mask": mask, "window": window, "bottom_right": bottom_right, "softmax": softmax, "sizes": sizes}
+    trial = Trial({**plain, **said, "dims": (16, 16), "dtype": torch.float32}, device)
+    fixed, call = trial.arguments()
+    inputs = [trial.arranged(x, min(side, 1)).to(device) for side, x in enumerate(trial.padded)]
+    try:
+        with torch.no_grad():
+            out = trial.module(**fixed)(*inputs, **call)
+    finally:
+        attention._chosen.cache_clear()
+    assert seen == [(1, HEADS, len(inputs[0]), 16)]
+    assert_close(trial.gathered(out, 0), trial.expected()[0].detach(), torch.float32, depth=4)
+    assert torch.count_nonzero(out) == torch.count_nonzero(trial.gathered(out, 0))  # zeros between the sequences
 
 
 def test_flex_runs_only_on_request(device):
