@@ -81,9 +81,11 @@ class LanguageModel(nn.Module):
         is_first_microbatch: bool | None = None,
         recompute: bool = False,
         inference_params: te.InferenceParams | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """tokens: integers [B, S <= context]. is_first_microbatch: see Linear's. recompute: keep only each layer's input for
-        backward. inference_params: from `cache`, its pre_step called; tokens then follow those that it has.
+        backward. inference_params: from `cache`, its pre_step called; tokens then follow those that it has. last_only: logits
+        [B, V] of the S-th tokens alone.
         """
         length = tokens.shape[-1]
         if length > self.config.context:
@@ -93,7 +95,7 @@ class LanguageModel(nn.Module):
         options = {"is_first_microbatch": is_first_microbatch, "inference_params": inference_params, **positions}
         for layer in self.layers:
             x = te.checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
-        return F.linear(self.norm(x), self.head)
+        return F.linear(self.norm(x[:, -1] if last_only else x), self.head)
 
 
 class GPT(LanguageModel):
