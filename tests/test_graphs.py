@@ -16,7 +16,6 @@ from tests.numerics import assert_same_bits, relative_error
 from tests.steps import RECIPES, SIZE, batch, fp8, stack, states
 
 
-
 @pytest.fixture(autouse=True)
 def _collected():
     """What earlier tests left in cycles is freed now, not by the collector inside of a capture."""

@@ -1,8 +1,7 @@
-"""Attention to cached keys and values: new ones are written to their places, queries see what came before them.
+"""Attention to cached keys and values, by an op of its own of few queries, by the usual backends of many.
 
-Shapes: B sequences, S new tokens each at most, T places per sequence, H heads, G groups of K/V heads, D channels. A cache is
-[pages * page_size + 1, G, D], its last row the place of what belongs nowhere; a contiguous cache has one page per sequence. Lengths
-are data on the device, shapes do not depend on them: nothing waits for the GPU, and a CUDA graph may capture it all.
+Shapes: B sequences, S new tokens each at most, T places per sequence, H heads, G groups of K/V heads, D channels. Lengths are data
+on the device, shapes do not depend on them: nothing waits for the GPU, and a CUDA graph may capture it all.
 """
 
 from __future__ import annotations
@@ -11,33 +10,16 @@ import torch
 
 from overdrive.functional.attention import attention
 
-
-def places(starts: torch.Tensor, steps: torch.Tensor, page_table: torch.Tensor, page_size: int, new: int, nowhere: int):
-    """i64 [B * new]: the row of a cache for each new token; `nowhere` for those from steps[b] on, which are padding.
-
-    starts, steps: i32 [B], tokens that each sequence has cached and adds. page_table: i32 [B, pages per sequence].
-    """
-    token = torch.arange(new, dtype=torch.int32, device=starts.device)
-    position = starts[:, None] + token
-    page = page_table.gather(1, (position // page_size).clamp(max=page_table.shape[1] - 1).long())
-    return torch.where(token < steps[:, None], page * page_size + position % page_size, nowhere).long().flatten()
+MOST_NEW_TOKENS = 4
+"""Of a sequence, up to which one op takes them into the cache and attends to what the sequence has of it."""
+MOST_QUERIES = 32
+"""Of those tokens and a group of heads together."""
 
 
-def append(cache: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, batch_first: bool) -> None:
-    """Write `new` [S, B, G, D], or [B, S, G, D] if batch_first, to the `rows` that `places` gave."""
-    new = new if batch_first else new.transpose(0, 1)
-    cache.index_copy_(0, rows, new.flatten(0, 1))
-
-
-def cache_mask(starts: torch.Tensor, steps: torch.Tensor, new: int, keys: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(score mask, bool [B, 1, new or 1, keys], True = attend; dead, bool [B, 1, new, 1], True where a query is padding).
-
-    causal: to the query's own token and those before it, else to all that the sequence has. No row of the mask is empty.
-    """
-    token = torch.arange(new, dtype=torch.int32, device=starts.device)
-    key = torch.arange(keys, dtype=torch.int32, device=starts.device)
-    last = starts[:, None] + token if causal else (starts + steps - 1).clamp(min=0)[:, None]
-    return (key <= last[:, :, None])[:, None], (token >= steps[:, None])[:, None, :, None]
+def takes_few(query: torch.Tensor, groups: int, batch_first: bool) -> bool:
+    """Whether `attend_cached` is for so few queries; more are `append`ed, and attend to all places under a mask."""
+    new = query.shape[int(batch_first)]
+    return new <= MOST_NEW_TOKENS and new * query.shape[2] // groups <= MOST_QUERIES
 
 
 def attend(

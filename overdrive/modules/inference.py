@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from overdrive.functional.attention_mask import Mask, MaskKind
-from overdrive.functional.kv_cache import append, attend, cache_mask, places
+from overdrive.functional.kv_cache import attend, takes_few
 from overdrive.functional.packing import Packing, Places, packing
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse
+from overdrive.ops.kv_cache import append, attend_cached, cache_mask, places
 
 _NAME = "InferenceParams"
 
@@ -229,16 +230,10 @@ class InferenceParams:
         pre_step: what is left is padding. Once for each layer after each pre_step, else RuntimeError.
         """
         layout = one_of(_NAME, "qkv_format", qkv_format, _FORMATS)
-        self._check_new(layer_number, new_k, new_v, layout)
-        self._appended.add(layer_number)
-        self.allocate_memory(layer_number)
-        if layout == "thd":
-            packed = self.packing_of(new_k.shape[0])
-            new_k, new_v = packed.pad(new_k), packed.pad(new_v)
+        caches, new_k, new_v = self._begin(layer_number, new_k, new_v, layout)
         batch_first = layout != "sbhd"
         batch, new = new_k.shape[:2] if batch_first else (new_k.shape[1], new_k.shape[0])
-        caches = self._caches[layer_number]
-        table = self._lengths[2:, :batch].t()
+        table = self._table(batch)
         rows = self._planned(
             ("places", batch, new),
             lambda: places(*self._counts(batch), table, self.page_size, new, self.total_num_pages * self.page_size),
@@ -248,8 +243,40 @@ class InferenceParams:
         key, value = (self._as_pages(cache) for cache in caches)
         return key, value, table if self.is_paged else None
 
+    def attend_few(
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        layout: str,
+        causal: bool,
+        scale: float,
+    ) -> torch.Tensor:
+        """`step`, and the attention of these tokens, padded ones with "thd", to all of their sequences; see attend_cached."""
+        caches, new_k, new_v = self._begin(layer_number, new_k, new_v, layout)
+        batch_first = layout != "sbhd"
+        batch = query.shape[0 if batch_first else 1]
+        held = (*caches, *self._counts(batch), self._table(batch), self.page_size)
+        return attend_cached(query, new_k, new_v, *held, batch_first, causal, scale)
+
+    def _begin(
+        self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, layout: str
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """A layer's cache, and what will be appended to it: packed tokens padded."""
+        self._check_new(layer_number, new_k, new_v, layout)
+        self._appended.add(layer_number)
+        self.allocate_memory(layer_number)
+        if layout == "thd":
+            packed = self.packing_of(new_k.shape[0])
+            new_k, new_v = packed.pad(new_k), packed.pad(new_v)
+        return self._caches[layer_number], new_k, new_v
+
     def _counts(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._lengths[0, :batch], self._lengths[1, :batch]
+
+    def _table(self, batch: int) -> torch.Tensor:
+        return self._lengths[2:, :batch].t()
 
     def _planned(self, key: Any, make: Any) -> Any:
         """What all layers of a step share, made by the first; a graph that is captured makes its own, to renew it at replay."""
@@ -261,7 +288,7 @@ class InferenceParams:
         return self._plans[key]
 
     def mask(self, batch: int, new: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (mask, dead) of functional.kv_cache.cache_mask for `batch` sequences of `new` tokens."""
+        """The (mask, dead) of ops.kv_cache.cache_mask for `batch` sequences of `new` tokens."""
         keys = (len(self._host) - 2) * self.page_size
         return self._planned(("mask", batch, new, causal), lambda: cache_mask(*self._counts(batch), new, keys, causal))
 
@@ -273,7 +300,7 @@ class InferenceParams:
         key, value = (self._as_pages(cache) for cache in self._caches[layer_number])
         if not self.is_paged:
             return key[:batch], value[:batch]
-        table = self._lengths[2:, :batch].t()
+        table = self._table(batch)
         return key[table].flatten(1, 2), value[table].flatten(1, 2)
 
     def _check_new(self, layer_number: Any, new_k: torch.Tensor, new_v: torch.Tensor, layout: str) -> None:
@@ -359,9 +386,12 @@ def attend_to_cache(
             f"{module}: query_layer and key_layer must have as many tokens with inference_params, got {query.shape[0]} and "
             f"{key.shape[0]}"
         )
-    inference_params.step(layer_number, key, value, layout)
     packed = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
     query, batch_first = query if packed is None else packed.pad(query), layout != "sbhd"
+    if takes_few(query, key.shape[-2], batch_first):
+        out = inference_params.attend_few(layer_number, query, key, value, layout, kind.causal, scale)
+        return out if packed is None else packed.pack(out)
+    inference_params.step(layer_number, key, value, layout)
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
     mask, dead = inference_params.mask(batch, new, kind.causal)

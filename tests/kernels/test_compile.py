@@ -62,7 +62,7 @@ def compiled(monkeypatch):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
-        if self.__name__ != "_norm_gemm":  # whose products may be too small for them
+        if self.__name__ not in ("_norm_gemm", "_attend_cached"):  # whose products may be too small for them
             assert ("wgmma" in kernels[-1].asm["ptx"]) == (self.__name__ == "_block_gemm")
         return kernels[-1]
 
@@ -72,6 +72,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "_sm_count", lambda device: 132)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm_gemm"), "_gpu", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.kv_cache"), "_sms", lambda device: 132)
     triton.runtime.driver.set_active(Hopper())
     yield kernels
     triton.runtime.driver._active = None
@@ -153,6 +154,30 @@ def test_norm_gemm(compiled, dtype, tokens, cols, outputs):
         assert "ttg.async_copy_global_to_local" in loop
         assert "tt.load" not in loop
         assert "mma" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "groups", "dims"),
+    [
+        (torch.bfloat16, 4, 2, (64, 64)),
+        (torch.bfloat16, 8, 1, (128, 128)),
+        (torch.float16, 3, 1, (24, 8)),
+        (torch.float32, 4, 2, (256, 192)),
+    ],
+)
+def test_attend_cached(compiled, dtype, heads, groups, dims):
+    lengths = torch.ones(3, 64, dtype=torch.int32)
+    for batch, new in ((1, 1), (64, 1), (3, 4)):
+        query, key, value = (
+            torch.ones(batch, new, count, width, dtype=dtype)
+            for count, width in ((heads, dims[0]), (groups, dims[0]), (groups, dims[1]))
+        )
+        caches = (torch.ones(1025, groups, width, dtype=dtype) for width in dims)
+        held = (*lengths[:2, :batch], lengths[2:, :batch].t(), 1024)
+        launch("kv_cache", "attend_cached", query, key, value, *caches, *held, True, new > 1, 0.1)
+    assert len(compiled) == 5 + (64 * groups <= 132), "one kernel where the batch alone fills the GPU, else two"
+    assert max(kernel.metadata.shared for kernel in compiled) <= 227 << 10
+    assert not any(".local" in kernel.asm["ptx"] for kernel in compiled)
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.9])

@@ -9,6 +9,7 @@ from overdrive.ops import (  # noqa: F401  (define the ops)
     activation,
     attention,
     gemm,
+    kv_cache,
     norm,
     norm_gemm,
     qkv,
@@ -31,6 +32,7 @@ GAMMA = torch.ones(K, dtype=torch.bfloat16)
 HEADS = draw(T, K, dtype=torch.bfloat16).view(T, 3, 3, 16)
 FROM, BOUNDS = torch.zeros(T, dtype=torch.int64), torch.tensor([0, 7, T], dtype=torch.int32)
 PLACES = [number for place in (0, 64, 96) for number in (place, 128, 16, 256)]  # of 4 + 2 + 2 heads in a matrix [10 * 2, 8 * 16]
+CACHED = (torch.tensor([3, 0], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32), torch.tensor([[2, 0], [1, 1]]).int())
 STATISTICS = (torch.zeros(T), torch.ones(T))
 
 
@@ -87,6 +89,27 @@ OTHERS = {
         lambda: (HEADS, None, torch.ones(1, 1, 20, 16).expand(20, 1, 20, 16)[:, :, :1], FROM, None, True, True, True),
         lambda: (HEADS[:, :1], HEADS[:, 1:2], torch.ones(20, 1, 1, 10), FROM[:2], BOUNDS, True, False, False),
         lambda: (HEADS.permute(0, 3, 1, 2), None, torch.ones(20, 1, 1, 2), None, None, False, False, True),
+    ],
+    "attend_cached": [
+        lambda: (
+            HEADS[:2, :2],
+            *(HEADS[:2, :2, :1],) * 2,
+            *draw(25, 32, dtype=torch.bfloat16).view(2, 25, 1, 16),
+            *CACHED,
+            8,
+            True,
+            True,
+            1.0,
+        ),
+        lambda: (
+            *(HEADS[:2, :2].transpose(0, 1),) * 3,
+            *draw(13, 96, dtype=torch.bfloat16).view(2, 13, 3, 16),
+            *CACHED,
+            4,
+            False,
+            False,
+            0.3,
+        ),
     ],
     "gemm": [
         lambda: (x(), x(), None, None, torch.ones(T, dtype=torch.bfloat16), torch.bfloat16, 0, 0, False),

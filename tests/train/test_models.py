@@ -57,6 +57,13 @@ def test_the_order_of_what_was_before_matters(device, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_the_last_token_alone(device, kind):
+    model, x = build(config(kind=kind), device, torch.float32).eval(), tokens(device)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, last_only=True), model(x)[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_recomputation_changes_no_bit(device, kind):
     def gradients(recompute):
         torch.manual_seed(3)
