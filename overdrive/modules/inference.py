@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from overdrive.functional.attention import dot_product_attention
 from overdrive.functional.attention_mask import Mask, MaskKind
 from overdrive.functional.kv_cache import attend, takes_few
 from overdrive.functional.packing import Packing, Places, packing
@@ -92,7 +93,7 @@ class InferenceParams:
         self._free = list(range(self.total_num_pages))
         self._appended: set[int] = set()
         self._plans: dict[Any, Any] = {}
-        self._largest_step = self._longest = self._new = 0
+        self._largest_step = self._longest = self._new = self._prompt = 0
         self._host.zero_()
         self._lengths.zero_()
         self._clear(self._free)
@@ -135,6 +136,8 @@ class InferenceParams:
         self._largest_step = max(step_dict.values(), default=0)
         self._longest = max(self.sequences.values(), default=0)
         self._new = sum(step_dict.values())
+        every_begins = min(step_dict.values(), default=0) == self._longest
+        self._prompt = self._longest if every_begins else 0
         self._appended, self._plans = set(), {}
 
     def _pages_for(self, length: int) -> int:
@@ -278,6 +281,12 @@ class InferenceParams:
     def _table(self, batch: int) -> torch.Tensor:
         return self._lengths[2:, :batch].t()
 
+    def begins(self, batch: int, new: int) -> bool:
+        """Whether `batch` sequences of `new` tokens each have nothing else: False for what may run with other lengths later."""
+        if torch.compiler.is_compiling() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return False
+        return batch == len(self.sequences) and new == self._prompt
+
     def _planned(self, key: Any, make: Any) -> Any:
         """What all layers of a step share, made by the first; a graph that is captured makes its own, to renew it at replay."""
         if torch.compiler.is_compiling():  # the compiler finds what is the same
@@ -393,7 +402,11 @@ def attend_to_cache(
         return out if packed is None else packed.pack(out)
     inference_params.step(layer_number, key, value, layout)
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
-    keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
-    mask, dead = inference_params.mask(batch, new, kind.causal)
-    out = attend(query, keys, values, mask, dead, batch_first, scale)
+    if inference_params.begins(batch, new):
+        key, value = (key, value) if packed is None else (packed.pad(key), packed.pad(value))
+        out = dot_product_attention(query, key, value, None, kind._replace(padding=False), batch_first, scale=scale)
+    else:
+        keys, values = inference_params.convert_paged_to_nonpaged(layer_number, batch)
+        mask, dead = inference_params.mask(batch, new, kind.causal)
+        out = attend(query, keys, values, mask, dead, batch_first, scale)
     return out if packed is None else packed.pack(out)

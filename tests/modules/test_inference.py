@@ -133,6 +133,30 @@ def test_layers_with_a_cache_are_layers_without(device, split, rotary, layout, m
 
 
 @pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("mask_type", ["padding_causal", "no_mask"])
+def test_prompts_of_one_length_need_no_mask(device, mask_type, memory, monkeypatch):
+    """They attend to themselves, as a call without a cache; with others, padding or a past they attend to the cache."""
+    module, bare, params = (
+        core(mask_type=mask_type),
+        core(mask_type=mask_type.removeprefix("padding_")),
+        cache(device, memory=memory),
+    )
+    masks, made = [], te.InferenceParams.mask
+    monkeypatch.setattr(te.InferenceParams, "mask", lambda *args: masks.append(1) or made(*args))
+    q, k, v = tokens(device, batch=2, length=6)
+    params.pre_step({"a": 6, "b": 6})
+    assert_same_bits(module(q, k, v, inference_params=params), bare(q, k, v))
+    assert_same_bits(params.convert_paged_to_nonpaged(1)[0][:, :6], k)
+    assert not masks
+    for steps in ({"a": 6, "c": 6}, {"d": 6, "e": 5}, {"f": 6}):  # a past, padding, a row of padding
+        params.pre_step(steps)
+        out = module(q, k, v, inference_params=params)
+        whole = [index for index, (name, count) in enumerate(steps.items()) if name != "a" and count == 6]
+        assert_close(out[whole], bare(q, k, v)[whole].double().cpu(), torch.float32)
+        assert masks.pop()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
 def test_nothing_of_an_ended_sequence_is_left(device, memory):
     """Not even its NaNs, which a probability of 0 would not take away."""
     module, params = core(), cache(device, memory=memory)
