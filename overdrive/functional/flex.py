@@ -9,12 +9,22 @@ import torch
 
 from overdrive.functional.attention_mask import MaskFunction, square_causal
 
+MOST_VARIANTS = 256
+"""Combinations of dtype, masks, biases, widths and static shapes that one process may compile."""
+
 
 @functools.cache
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention  # its import takes a while
 
-    return torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def run(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=8 * MOST_VARIANTS):
+            # its other kernel, for few queries, refuses some masks
+            return compiled(*args, **options, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
+
+    return run
 
 
 def flex(

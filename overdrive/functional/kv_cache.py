@@ -16,10 +16,9 @@ MOST_QUERIES = 32
 """Of those tokens and a group of heads together."""
 
 
-def takes_few(query: torch.Tensor, groups: int, batch_first: bool) -> bool:
+def takes_few(new: int, heads: int, groups: int) -> bool:
     """Whether `attend_cached` is for so few queries; more are `append`ed, and attend to all places under a mask."""
-    new = query.shape[int(batch_first)]
-    return new <= MOST_NEW_TOKENS and new * query.shape[2] // groups <= MOST_QUERIES
+    return new <= MOST_NEW_TOKENS and new * heads // groups <= MOST_QUERIES
 
 
 def attend(

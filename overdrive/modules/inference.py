@@ -256,12 +256,18 @@ class InferenceParams:
         causal: bool,
         scale: float,
     ) -> torch.Tensor:
-        """`step`, and the attention of these tokens, padded ones with "thd", to all of their sequences; see attend_cached."""
+        """`step`, and the attention of these tokens to all of their sequences; see ops.kv_cache.attend_cached."""
         caches, new_k, new_v = self._begin(layer_number, new_k, new_v, layout)
-        batch_first = layout != "sbhd"
+        packed = self.packing_of(query.shape[0]) if layout == "thd" else None
+        query, batch_first = query if packed is None else packed.pad(query), layout != "sbhd"
         batch = query.shape[0 if batch_first else 1]
         held = (*caches, *self._counts(batch), self._table(batch), self.page_size)
-        return attend_cached(query, new_k, new_v, *held, batch_first, causal, scale)
+        out = attend_cached(query, new_k, new_v, *held, batch_first, causal, scale)
+        return out if packed is None else packed.pack(out)
+
+    def new_tokens(self, query: torch.Tensor, layout: str) -> int:
+        """How many of a sequence there may be in `query`."""
+        return self._largest_step if layout == "thd" else query.shape[layout.index("s")]
 
     def _begin(
         self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, layout: str
@@ -395,12 +401,11 @@ def attend_to_cache(
             f"{module}: query_layer and key_layer must have as many tokens with inference_params, got {query.shape[0]} and "
             f"{key.shape[0]}"
         )
+    if takes_few(inference_params.new_tokens(query, layout), *(x.shape[-2] for x in (query, key))):
+        return inference_params.attend_few(layer_number, query, key, value, layout, kind.causal, scale)
+    inference_params.step(layer_number, key, value, layout)
     packed = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
     query, batch_first = query if packed is None else packed.pad(query), layout != "sbhd"
-    if takes_few(query, key.shape[-2], batch_first):
-        out = inference_params.attend_few(layer_number, query, key, value, layout, kind.causal, scale)
-        return out if packed is None else packed.pack(out)
-    inference_params.step(layer_number, key, value, layout)
     batch, new = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
     if inference_params.begins(batch, new):
         key, value = (key, value) if packed is None else (packed.pad(key), packed.pad(value))

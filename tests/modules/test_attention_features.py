@@ -423,6 +423,7 @@ def test_forced_backend_that_lacks_the_softmax_says_so(device, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("mask", [None, "causal", "tensor"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("with_offset", [False, True])
@@ -483,7 +484,7 @@ def test_flex_runs_only_on_request(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores:UserWarning")  # torch.compile's own
 @pytest.mark.parametrize("case", [case for case in CASES if min(case["dims"]) >= 16 and not case["max_logit"]], ids=str)
 def test_pairs_on_flex(case, device, monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flex")
