@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from typing import Any, Protocol
 
 import torch
@@ -334,12 +335,14 @@ def plot(path: str, rows: list[dict[str, Any]], title: str) -> None:
         for axis, what in zip(axes, ("step_ms", "tokens_per_second")):
             values = [row["times"][name][what]["median"] for row in seen]
             axis.plot([row["batch"] for row in seen], values, style, color=f"C{index}", label=name)
+    batches = [row["batch"] for row in rows]
     for axis, label in zip(axes, ("milliseconds a step", "tokens a second, all sequences")):
-        axis.set(xscale="log", yscale="log", xlabel="sequences", ylabel=label)
-        batches = [row["batch"] for row in rows]
+        axis.set(xscale="log", xlabel="sequences", ylabel=label)
         axis.set_xticks(batches, [str(batch) for batch in batches])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0].set_ylim(0)
+    axes[1].set_yscale("log")
     axes[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
@@ -384,8 +387,7 @@ def main() -> None:
             "command": " ".join(["python", *sys.argv]),
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **{package: metadata.version(package) for package in ("torch", "triton", "transformers")},
             "overdrive": te.__version__,
             "arguments": {name: value for name, value in vars(a).items() if name not in ("json", "plot")},
             "seconds": time.perf_counter() - began,
