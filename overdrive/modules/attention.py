@@ -192,7 +192,7 @@ class DotProductAttention(torch.nn.Module):
         "thd": Q [N, H, D], K [M, G, D], V [M, G, E] -> [N, H * E]. cu_seqlens_q and cu_seqlens_kv int32 [B + 1]: the sum of the
         lengths of the sequences before each, and of all; the sequences begin there or, with padding between them
         (pad_between_seqs), at cu_seqlens_*_padded [B + 1]. max_seqlen_*: the longest of them, which must be given under
-        torch.compile. Tokens of no sequence give zeros.
+        torch.compile. With inference_params pre_step says all that, and these are left out. Tokens of no sequence give zeros.
 
         attention_mask: bool, True = masked out; [B, 1, 1, S] with padding masks (a pair for queries and keys if they differ; or
         cu_seqlens_* instead), [B or 1, H or 1, S or 1, T] with arbitrary; not read with the others. A query that is padding, or may
