@@ -45,9 +45,10 @@ def _no_graphs() -> Iterator[None]:
         arena(torch.device("cuda", torch.cuda.current_device())).captured = False
 
 
-def _new_empty(like, *size, dtype=None, device=None):
+def _new_empty(like, *size, dtype=None, device=None, **options):
     """Tensor.new_empty in terms that the compiler can follow from here: it knows what is not patched."""
-    return torch.zeros(*size, dtype=like.dtype if dtype is None else dtype, device=like.device if device is None else device)
+    options |= {"dtype": like.dtype if dtype is None else dtype, "device": like.device if device is None else device}
+    return torch.zeros(*size, **options)
 
 
 def _poisoning(allocate):
