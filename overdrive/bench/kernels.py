@@ -23,6 +23,7 @@ from overdrive.ops.norm import norm, norm_backward
 from overdrive.ops.qkv import qkv_gradient
 from overdrive.ops.quantize import Mode, Quantization, quantize
 from overdrive.ops.residual import dropout_scale, residual_add, residual_backward, residual_norm
+from overdrive.ops.rotary import rotary
 
 BASELINE = "copy"
 WITHIN = 0.01
@@ -84,6 +85,15 @@ def activation_gradient(function: Callable[..., Tensor], dy: Tensor, x: Tensor, 
     return [dx, dx.sum(0) if bias else None]
 
 
+def turned(x: Tensor, angles: Tensor, back: bool) -> Tensor:
+    """Features i and D / 2 + i of x [T, 1, H, D] as complex numbers, turned by angles [T, 1, 1, D]."""
+    half = x.shape[-1] // 2
+    numbers = torch.complex(x[..., :half].float(), x[..., half:].float())
+    angle = -angles[..., :half] if back else angles[..., :half]
+    numbers = numbers * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((numbers.real, numbers.imag), -1)
+
+
 def residual_of(x: Tensor, bias: Tensor, residual: Tensor, p: float, seed: Tensor) -> Tensor:
     """residual + dropout(x + bias), with the kernels' mask."""
     value = x.float() + bias.float()
@@ -100,6 +110,7 @@ class Inputs:
         self.dhalf = self.dwide.flatten()[: tokens * ffn // 2].view(tokens, ffn // 2)
         self.gamma, self.beta, self.bias = (torch.randn(hidden, **like) for _ in range(3))
         self.qkv = [t.view(tokens, 1, heads, hidden // heads) for t in (self.x, self.dy, self.residual)]
+        self.angles = torch.rand(tokens, 1, 1, hidden // heads // 2, device=device).repeat(1, 1, 1, 2)
         self.seed = torch.ones(1, dtype=torch.int64, device=device)
         stats = self.x.float()
         self.mean = stats.mean(1)
@@ -136,6 +147,10 @@ def kernels(i: Inputs, recipes: Sequence[str], formats: Formats) -> Iterator[Ker
             return [value, value.sum(0)]
 
         yield Kernel(f"qkv gradient {3 * hidden} {name} + bias gradient", qkv_gradient, (*i.qkv, True, True), gathered, q)
+    for back in (False, True):
+        rotated = lambda q, k, angles, *_, back=back: [turned(x, angles, back) for x in (q, k)]  # noqa: E731
+        arguments = (*i.qkv[:2], i.angles, None, None, False, False, back)
+        yield Kernel(f"rotary{' backward' if back else ''} {hidden}", rotary, arguments, rotated)
     yield from norms(i, {"plain": plain, **modes})
 
 

@@ -39,7 +39,7 @@ class Decoder:
     comes; inside an autocast, whose scales may change from step to step, it is not.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, graphed: bool = False, **options: Any) -> None:
+    def __init__(self, model: LanguageModel, batch: int, graphed: bool = True, **options: Any) -> None:
         """options: see InferenceParams."""
         self.model, self.cache, self.graphed = model, model.cache(batch, **options), graphed
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -205,7 +205,7 @@ def test_each_prompt_of_a_batch_draws_as_it_does_alone(device, kind):
 def test_logits_from_a_cache_are_those_of_all_tokens(device, dtype, memory, kind):
     model = outspoken(kind, device, dtype)
     said = {name: torch.randint(0, 256, (16,)).tolist() for name in range(3)}
-    decoder, ends = Decoder(model, 3, graphed=True, **memory), {0: 3, 1: 7, 2: 1}
+    decoder, ends = Decoder(model, 3, **memory), {0: 3, 1: 7, 2: 1}
     known = decoder.cache.sequences
     for new in (3, 1, 1, 1, 4):  # new tokens of the next step; one sequence ends before the others
         logits = decoder({name: said[name][known.get(name, 0) : end] for name, end in ends.items()})
