@@ -343,7 +343,7 @@ def plot(path: str, rows: list[dict[str, Any]], title: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0)
     axes[1].set_yscale("log")
-    axes[0].legend()
+    axes[1].legend(loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
