@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from overdrive.functional.attention_mask import Mask, MaskKind, document_mask, places, score_mask, square_causal
 from overdrive.functional.flex import flex
 from overdrive.functional.node import applied, first_order
-from overdrive.functional.packing import Packing
+from overdrive.functional.packing import Packing, Side, alike, packings
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
 from overdrive.ops.library import constant_result
 
@@ -31,6 +31,7 @@ VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
 _ALL = (*_HALF, torch.float32, torch.float64)
 _BIASES = ("none", "constant", "gradient")
+_PACKED = ("bottom-right", "top-left")
 _LARGE = 2**36
 """Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
 
@@ -39,7 +40,9 @@ class Case(NamedTuple):
     """What the choice of a backend depends on.
 
     mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the
-    host is what one waits for, else "large". bias: "none", "constant" or "gradient". offset, max_logit: as in Scores.
+    host is what one waits for, else "large". bias: "none", "constant" or "gradient". offset, max_logit: as in Scores. packed: "" of
+    a batch; of packed sequences "bottom-right" or, if the mask has a diagonal through the first query and key of sequences whose
+    queries and keys differ in number, "top-left"; their mask is "tensor", which it is of the padded ones.
     """
 
     device: str
@@ -53,14 +56,15 @@ class Case(NamedTuple):
     bias: str = "none"
     offset: bool = False
     max_logit: bool = False
+    packed: str = ""
 
 
 class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
-    sdpa: which of torch's it is; package: or what must be installed for it. heavy: it takes more host time than others.
-    offset, max_logit: whether it takes and gives what Scores says. packed: it takes packed sequences as they lie, the others padded
-    ones. on_request: it runs only where it is forced.
+    sdpa: which of torch's it is. package: what must be installed for it; module: what must load. heavy: it takes more host time
+    than others. offset, max_logit: whether it takes and gives what Scores says. packed: of which packed sequences it takes as they
+    lie (Case.packed), all others padded; padded: whether it takes a batch. on_request: it runs only where it is forced.
     """
 
     name: str
@@ -77,10 +81,12 @@ class Backend(NamedTuple):
     grouped: bool = True
     heavy: bool = False
     package: str | None = None
+    module: str | None = None
     biases: tuple[str, ...] = ("none",)
     offset: bool = False
     max_logit: bool = False
-    packed: bool = False
+    packed: tuple[str, ...] = ()
+    padded: bool = True
     on_request: bool = False
 
 
@@ -98,6 +104,21 @@ BACKENDS = (
         max_head_dim=256,
         heavy=True,
         package="flash_attn.cute",
+        module="overdrive.kernels.attention",
+    ),
+    Backend(
+        "flash-varlen",
+        None,
+        ("cuda",),
+        capabilities=(8, 9, 10, 12),
+        dtypes=_HALF,
+        dropout=False,
+        unequal_dims=False,
+        head_dim_multiple=8,
+        max_head_dim=256,
+        module="overdrive.functional.flash_varlen",
+        packed=("bottom-right",),
+        padded=False,
     ),
     Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, coarse_dropout=(10,), max_head_dim=256),
     Backend(
@@ -122,7 +143,7 @@ BACKENDS = (
     ),
     Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES),
     Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, offset=True, max_logit=True),
-    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, packed=True, on_request=True),
+    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, packed=_PACKED, on_request=True),
 )
 """Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; the reference takes all."""
 
@@ -153,12 +174,12 @@ def _machine_refusal(backend: Backend, device: str) -> str:
 
 
 @functools.cache
-def _load_failure(package: str) -> str:
-    """Why `package`, which is installed, cannot be used, or ""."""
+def _load_failure(module: str) -> str:
+    """Why `module` cannot be used, or ""."""
     try:
-        importlib.import_module("overdrive.kernels.attention")
+        importlib.import_module(module)
     except Exception as error:  # whatever a compiler package may raise where its libraries do not fit
-        return f"{package} does not load: {type(error).__name__}: {error}"
+        return f"does not load: {type(error).__name__}: {error}"
     return ""
 
 
@@ -167,6 +188,8 @@ def _refusal(backend: Backend, case: Case) -> str:
     dims = (case.head_dim, case.value_dim)
     if reason := _machine_refusal(backend, case.device):
         return reason
+    if not backend.padded and not case.packed:
+        return "takes packed sequences only"
     if case.dtype not in backend.dtypes:
         return f"takes {', '.join(map(str, backend.dtypes))}, not {case.dtype}"
     if case.mask not in backend.masks:
@@ -177,6 +200,8 @@ def _refusal(backend: Backend, case: Case) -> str:
         return "has the vanilla softmax only"
     if case.max_logit and not backend.max_logit:
         return "does not give the largest logit"
+    if not backend.padded and case.packed not in backend.packed:
+        return "has the diagonal of a mask end with the last query and key of each sequence only"
     if case.dropout != "none" and not backend.dropout:
         return "has no dropout"
     if case.dropout == "any" and backend.coarse_dropout and _capability()[0] in backend.coarse_dropout:
@@ -187,7 +212,7 @@ def _refusal(backend: Backend, case: Case) -> str:
         return f"takes head dims that are multiples of {backend.head_dim_multiple}, got {dims[0]} and {dims[1]}"
     if backend.max_head_dim and max(dims) > backend.max_head_dim:
         return f"takes head dims up to {backend.max_head_dim}, not {max(dims)}"
-    return _load_failure(backend.package) if backend.package else ""
+    return _load_failure(backend.module) if backend.module else ""
 
 
 class Route(NamedTuple):
@@ -448,35 +473,50 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    packing_q: Packing,
-    packing_kv: Packing,
+    side_q: Side,
+    side_kv: Side,
     kind: MaskKind,
     dropout: float = 0.0,
     scale: float | None = None,
     scores: Scores | None = None,
 ) -> Any:
     """dot_product_attention within each sequence of [N, H, D], [M, G, D], [M, G, E] -> [N, H * E]; tokens of none give zeros."""
-    if _takes_packed(query, key, value, packing_q, dropout, scores):
+    query, key, value = autocasted(query, key, value)
+    backend = _packed_backend(query, key, value, side_q, side_kv, kind, dropout, scores)
+    if backend == "flash-varlen":
+        from overdrive.functional.flash_varlen import flash_varlen  # torch's part of it takes a while to load
+
+        return flash_varlen(query, key, value, side_q, side_kv, kind.window, scale).flatten(1)
+    packing_q, packing_kv = packings(side_q, side_kv)
+    if backend == "flex":
         mask, offset = document_mask(kind, packing_q, packing_kv), None if scores is None else scores.offset
-        query, key, value = (x.transpose(0, 1)[None] for x in autocasted(query, key, value))
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         return flex(query, key, value, mask, False, scale, None, offset)[0].transpose(0, 1).flatten(1)
-    out = dot_product_attention(*padded_arguments(query, key, value, packing_q, packing_kv, kind, dropout, scale, scores))
+    out = dot_product_attention(*_padded(query, key, value, packing_q, packing_kv), kind, True, dropout, scale, scores)
     return (packing_q.pack(out[0]), out[1]) if isinstance(out, tuple) else packing_q.pack(out)
 
 
-def _takes_packed(query, key, value, packing_q: Packing, dropout: float, scores: Scores | None) -> bool:
-    """Whether the backend takes packed sequences as they lie; biases, which are of padded ones, never are."""
-    if query.numel() == 0 or key.numel() == 0 or (scores is not None and (scores.bias is not None or scores.slopes is not None)):
-        return False
-    views = (x.transpose(0, 1)[None] for x in autocasted(query, key, value))
-    names, _ = _route(*_case(*views, packing_q.padded, False, dropout, *(() if scores is None else _scores_case(scores, None))))
-    return _BY_NAME[names[0]].packed
+def _packed_backend(query, key, value, side_q: Side, side_kv: Side, kind: MaskKind, dropout: float, scores: Scores | None) -> str:
+    """The backend that takes packed sequences as they lie, or "" if they are to be padded."""
+    packed = _packed_case(side_q, side_kv, kind, scores)
+    if query.numel() == 0 or key.numel() == 0 or not packed:
+        return ""
+    views = (x.transpose(0, 1)[None] for x in (query, key, value))
+    rest = ("none", False, False) if scores is None else _scores_case(scores, None)
+    name = _route(*_case(*views, side_q.offsets, False, dropout, *rest, packed))[0][0]
+    return name if packed in _BY_NAME[name].packed else ""
 
 
-def padded_arguments(query, key, value, packing_q: Packing, packing_kv: Packing, kind: MaskKind, *rest: Any) -> tuple[Any, ...]:
-    """What packed_attention asks of dot_product_attention."""
-    masks = (packing_q.padded, packing_kv.padded)
-    return packing_q.pad(query), packing_kv.pad(key), packing_kv.pad(value), masks, kind, True, *rest
+def _packed_case(side_q: Side, side_kv: Side, kind: MaskKind, scores: Scores | None) -> str:
+    """Case.packed; "" with biases, which are of padded sequences."""
+    if scores is not None and (scores.bias is not None or scores.slopes is not None):
+        return ""
+    return "bottom-right" if kind.bottom_right or kind.window == (-1, -1) or alike(side_q, side_kv) else "top-left"
+
+
+def _padded(query, key, value, packing_q: Packing, packing_kv: Packing) -> tuple[Any, Any, Any, Any]:
+    """Packed Q, K and V as a batch, and its padding masks."""
+    return packing_q.pad(query), packing_kv.pad(key), packing_kv.pad(value), (packing_q.padded, packing_kv.padded)
 
 
 def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):
@@ -563,12 +603,15 @@ def explain(
     dropout: float = 0.0,
     scale: float | None = None,
     scores: Scores | None = None,
+    packed: str = "",
 ) -> Decision:
-    """The Decision that `dot_product_attention` takes for the same arguments; print it."""
+    """The Decision that `dot_product_attention` takes for the same arguments, or, of sequences that would be these when padded,
+    `packed_attention` (packed: Case.packed); print it.
+    """
     query, key, value, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first)
     bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
-    rest = () if scores is None else _scores_case(scores, bias)
-    case = Case(*_case(query, key, value, mask, causal, dropout, *rest))
+    rest = ("none", False, False) if scores is None else _scores_case(scores, bias)
+    case = Case(*_case(query, key, value, mask, causal, dropout, *rest, packed))
     if bias is not None:
         mask, causal = _biased(bias, mask, causal, query), False
     forced = os.environ.get(VARIABLE, "")
@@ -592,11 +635,27 @@ def explain(
     return Decision(chosen, passed_over)
 
 
+def explain_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    side_q: Side,
+    side_kv: Side,
+    kind: MaskKind,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    scores: Scores | None = None,
+) -> Decision:
+    """The Decision that `packed_attention` takes for the same arguments; print it."""
+    padded = _padded(query, key, value, *packings(side_q, side_kv))
+    return explain(*padded, kind, True, dropout, scale, scores, _packed_case(side_q, side_kv, kind, scores))
+
+
 def attention_backends() -> dict[str, tuple[bool, str]]:
     """Each backend's (usable, reason) on this machine, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = {
-        backend.name: _machine_refusal(backend, device) or (_load_failure(backend.package) if backend.package else "")
+        backend.name: _machine_refusal(backend, device) or (_load_failure(backend.module) if backend.module else "")
         for backend in BACKENDS
     }
     return {name: (not reason, reason) for name, reason in reasons.items()}

@@ -35,6 +35,11 @@ class MaskKind(NamedTuple):
         """Whether the caller's mask tensor is read."""
         return self.padding or self.arbitrary
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """left and right, as causal leaves them."""
+        return self.left, 0 if self.causal else self.right
+
 
 MASK_KINDS = {
     "no_mask": MaskKind(),
@@ -132,7 +137,7 @@ def document_mask(kind: MaskKind, packing_q: Packing, packing_kv: Packing) -> Ma
     shift = diagonal(kind, (packing_q.padded, packing_kv.padded), queries, keys)
     if isinstance(shift, torch.Tensor):
         row = row + shift.flatten()[document]
-    left, right = kind.left, 0 if kind.causal else kind.right
+    left, right = kind.window
 
     def allowed(batch, head, i, j):
         seen = (document[i] == key_document[j]) & (document[i] >= 0)

@@ -119,10 +119,11 @@ def _check_form(name: str, offsets: Any, batch: int | None, device: torch.device
         raise ValueError(f"{name} must be on {device} like query_layer, got {offsets.device}; move it with .to()")
 
 
-def _longest(side: str, lengths: Lengths, batch: int | None, tokens: int | None, device: torch.device) -> Any:
-    """The longest sequence of `side`, "q" or "kv", an error unless what `lengths` says of it is right. tokens: how many there are.
+def _read(side: str, lengths: Lengths, batch: int | None, tokens: int | None, device: torch.device) -> tuple[Any, Any]:
+    """(the longest sequence of `side`, "q" or "kv"; the values of its offsets and of its padded ones, which are the same if there
+    are none), an error unless what `lengths` says of it is right. tokens: how many there are.
 
-    Neither a compiler nor a graph that captures can read the offsets: they trust what the caller says.
+    Neither a compiler nor a graph that captures can read the offsets: they trust what the caller says, and the values are None.
     """
     name, maximum = f"cu_seqlens_{side}", f"max_seqlen_{side}"
     offsets, padded, longest = (getattr(lengths, key) for key in (name, f"{name}_padded", maximum))
@@ -134,32 +135,51 @@ def _longest(side: str, lengths: Lengths, batch: int | None, tokens: int | None,
     if _unreadable(offsets):
         if longest is None:
             raise ValueError(f"{maximum} must be given under torch.compile and in CUDA graphs, which cannot read it from {name}")
-        return longest
-    values = _values(name, offsets)
-    true_longest, end = max(_steps(values)), values[-1]
+        return longest, None
+    values = room = _values(name, offsets)
+    true_longest = max(_steps(values))
     if padded is not None:
         room = _values(f"{name}_padded", padded)
         if any(length > most for length, most in zip(_steps(values), _steps(room))):
             raise ValueError(f"{name}_padded={room} leaves some sequence less room than its length in {name}={values}")
-        end = room[-1]
-    if tokens is not None and end > tokens:
-        raise ValueError(f"{name if padded is None else name + '_padded'} ends at {end}, but there are {tokens} tokens")
+    if tokens is not None and room[-1] > tokens:
+        raise ValueError(f"{name if padded is None else name + '_padded'} ends at {room[-1]}, but there are {tokens} tokens")
     if longest is not None and true_longest > longest:
         raise ValueError(f"{name} has a sequence of {true_longest} tokens, more than {maximum}={longest}")
-    return max(true_longest, 1) if longest is None else longest
+    return max(true_longest, 1) if longest is None else longest, (values, room)
 
 
 class Side(NamedTuple):
-    """How the queries, or the keys, are packed: the arguments of `packing`."""
+    """How the queries, or the keys, of format thd are packed: the arguments of `packing`, and whole: the host knows that every
+    token is of a sequence.
+    """
 
     offsets: torch.Tensor
     padded: torch.Tensor | None
     longest: int
     tokens: int
+    whole: bool
+
+    def packing(self) -> Packing:
+        """The Packing that it means."""
+        return packing(self.offsets, self.padded, self.longest, self.tokens)
 
 
-def _sides(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Side, Side]:
-    """`queries` and `keys` tokens of format thd, one object if they lie alike; an error if `lengths` does not say how they lie."""
+def alike(query: Side, key: Side) -> bool:
+    """Whether each sequence's queries lie as its keys do, as far as the host knows."""
+    return query.offsets is key.offsets and query.padded is key.padded and query[2:] == key[2:]
+
+
+def packings(query: Side, key: Side) -> tuple[Packing, Packing]:
+    """The Packings of both, one object if they are alike."""
+    packed = query.packing()
+    return packed, packed if alike(query, key) else key.packing()
+
+
+def sides(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Side, Side]:
+    """How `queries` and `keys` tokens of format thd are packed, one object if they are alike; TypeError or ValueError if `lengths`
+    does not say so.
+    """
     if lengths.cu_seqlens_q is None or lengths.cu_seqlens_kv is None:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_kv must be given with qkv_format='thd': int32 [batch + 1], where each sequence begins and "
@@ -167,19 +187,16 @@ def _sides(lengths: Lengths, queries: int, keys: int, device: torch.device) -> t
         )
     if lengths.pad_between_seqs and (lengths.cu_seqlens_q_padded is None or lengths.cu_seqlens_kv_padded is None):
         raise ValueError("pad_between_seqs=True needs cu_seqlens_q_padded and cu_seqlens_kv_padded")
-    longest_q = _longest("q", lengths, None, queries, device)
-    longest_kv = _longest("kv", lengths, lengths.cu_seqlens_q.shape[0] - 1, keys, device)
-    query = Side(lengths.cu_seqlens_q, lengths.cu_seqlens_q_padded, longest_q, queries)
-    key = Side(lengths.cu_seqlens_kv, lengths.cu_seqlens_kv_padded, longest_kv, keys)
-    same = query.offsets is key.offsets and query.padded is key.padded and query[2:] == key[2:]
-    return query, query if same else key
+    longest_q, read_q = _read("q", lengths, None, queries, device)
+    longest_kv, read_kv = _read("kv", lengths, lengths.cu_seqlens_q.shape[0] - 1, keys, device)
+    query = _side(lengths.cu_seqlens_q, lengths.cu_seqlens_q_padded, longest_q, queries, read_q)
+    key = _side(lengths.cu_seqlens_kv, lengths.cu_seqlens_kv_padded, longest_kv, keys, read_kv)
+    same = read_q is not None and read_q == read_kv and query[2:] == key[2:]
+    return query, query if same or alike(query, key) else key
 
 
-def packings(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Packing, Packing]:
-    """How `queries` and `keys` tokens of format thd are packed; TypeError or ValueError if `lengths` does not say so."""
-    query, key = _sides(lengths, queries, keys, device)
-    packed = packing(*query)
-    return packed, packed if query is key else packing(*key)
+def _side(offsets: torch.Tensor, padded: torch.Tensor | None, longest: int, tokens: int, read: Any) -> Side:
+    return Side(offsets, padded, longest, tokens, read is not None and read[0] == read[1] and read[1][-1] == tokens)
 
 
 class Places(NamedTuple):
@@ -201,9 +218,9 @@ def _places(side: Side) -> Places:
 
 def packed_places(lengths: Lengths, queries: int, keys: int, device: torch.device) -> tuple[Places, Places]:
     """Where the queries and the keys of format thd stand, padding behind sequences too as far as it can be read, one object if
-    they stand alike; errors as of `packings`.
+    they stand alike; errors as of `sides`.
     """
-    query, key = _sides(lengths, queries, keys, device)
+    query, key = sides(lengths, queries, keys, device)
     places = _places(query)
     return places, places if query is key else _places(key)
 
@@ -223,8 +240,8 @@ def padding_masks(
     if offsets_q is None or offsets_kv is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_kv must be given both or neither")
     lengths = lengths._replace(max_seqlen_q=queries, max_seqlen_kv=keys)
-    _longest("q", lengths, batch, None, device)
-    _longest("kv", lengths, batch, None, device)
+    _read("q", lengths, batch, None, device)
+    _read("kv", lengths, batch, None, device)
     query = torch.arange(queries, device=device) >= offsets_q.diff()[:, None]
     key = torch.arange(keys, device=device) >= offsets_kv.diff()[:, None]
     return query[:, None, None], key[:, None, None]

@@ -16,11 +16,11 @@ from overdrive.functional.attention import (
     default_slopes,
     dot_product_attention,
     packed_attention,
-    padded_arguments,
 )
 from overdrive.functional.attention import explain as explain_attention
+from overdrive.functional.attention import explain_packed as explain_packed_attention
 from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask
-from overdrive.functional.packing import NOTHING_SAID, Lengths, packings, padding_masks
+from overdrive.functional.packing import NOTHING_SAID, Lengths, padding_masks, sides
 from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse, refuse_parallelism
 from overdrive.modules.inference import attend_to_cache
@@ -89,7 +89,7 @@ class DotProductAttention(torch.nn.Module):
     head's largest score. attention_type: "self" or "cross" say what the inputs are; the arithmetic is one. get_rng_state_tracker: a
     callable whose result's fork() is entered around attention. Sizes that do not divide, names unknown and windows that contradict
     the mask type raise ValueError; what is not built yet NotImplementedError. `explain` says which backend runs;
-    OVERDRIVE_ATTENTION forces one of cudnn, flash, efficient, flash-attn-4, cpu, math, reference, flex.
+    OVERDRIVE_ATTENTION forces one of cudnn, flash, efficient, flash-attn-4, flash-varlen, cpu, math, reference, flex.
     """
 
     def __init__(
@@ -264,8 +264,8 @@ class DotProductAttention(torch.nn.Module):
                     f"{self._label}: attention_mask and attn_mask_type='arbitrary' cannot say anything of qkv_format='thd', whose "
                     "sequences cu_seqlens_q and cu_seqlens_kv bound; leave them out"
                 )
-            packed = packings(lengths, query.shape[0], key.shape[0], query.device)
-            batch, queries, keys = packed[0].padded.shape[0], *(packing.padded.shape[-1] for packing in packed)
+            packed = sides(lengths, query.shape[0], key.shape[0], query.device)
+            batch, queries, keys = packed[0].offsets.shape[0] - 1, packed[0].longest, packed[1].longest
             attend, arguments = packed_attention, (query, key, value, *packed, kind._replace(padding=True))
         else:
             batch_dim, length_dim = (1, 0) if layout == "sbhd" else (0, 1)
@@ -311,7 +311,7 @@ class DotProductAttention(torch.nn.Module):
         """Which backend forward would take with these arguments, by forward's names, and why not each other one; print it."""
         lengths = Lengths(**{name: arguments.pop(name, None) for name in Lengths._fields})
         attend, call = self._call(query_layer, key_layer, value_layer, attention_mask, lengths, **arguments)
-        return explain_attention(*(padded_arguments(*call) if attend is packed_attention else call))
+        return (explain_packed_attention if attend is packed_attention else explain_attention)(*call)
 
     def _scores(
         self, bias_type: str, bias: torch.Tensor | None, slopes: torch.Tensor | None, device: torch.device

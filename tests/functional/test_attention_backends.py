@@ -347,9 +347,51 @@ def test_flash_attn_4_is_chosen_where_it_is_faster(hopper):
     assert hopper(dtype=torch.float32) == "efficient"
 
 
-def test_a_package_that_does_not_load_is_passed_over(hopper, monkeypatch):
-    monkeypatch.setattr(attention, "_load_failure", lambda package: f"{package} does not load: OSError: libcute.so")
+def test_a_backend_that_does_not_load_is_passed_over(hopper, monkeypatch):
+    monkeypatch.setattr(attention, "_load_failure", lambda module: "does not load: OSError: libcute.so")
     assert hopper() == "cudnn"
+    assert hopper(mask="tensor", packed="bottom-right") == "cudnn"
+
+
+def test_what_does_not_load_says_so():
+    assert attention._load_failure("overdrive.kernels.none").startswith("does not load: ModuleNotFoundError: No module named")
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 72, 128, 256])
+def test_flash_varlen_is_chosen_for_packed_sequences(hopper, dim, dtype, grouped, size):
+    case = {"mask": "tensor", "dtype": dtype, "head_dim": dim, "value_dim": dim, "grouped": grouped, "size": size}
+    assert hopper(**case, packed="bottom-right") == "flash-varlen"
+    assert hopper(**case, packed="top-left") == hopper(**case) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "best"),
+    [
+        ({"packed": ""}, "takes packed sequences only", "cudnn"),
+        ({"packed": "top-left"}, "has the diagonal of a mask end with the last query and key of each sequence only", "cudnn"),
+        ({"dropout": "sixteenths"}, "has no dropout", "cudnn"),
+        ({"dtype": torch.float32}, "takes torch.float16, torch.bfloat16, not torch.float32", "efficient"),
+        ({"head_dim": 12, "value_dim": 12}, "takes head dims that are multiples of 8, got 12 and 12", "cudnn"),
+        ({"value_dim": 64}, "needs head dims of Q/K and V to be equal, got 128 and 64", "cudnn"),
+        ({"head_dim": 264, "value_dim": 264}, "takes head dims up to 256, not 264", "efficient"),
+        ({"offset": True}, "has the vanilla softmax only", "reference"),
+        ({"max_logit": True}, "does not give the largest logit", "reference"),
+    ],
+)
+def test_flash_varlen_is_refused(hopper, change, reason, best):
+    change = {"mask": "tensor", "packed": "bottom-right", **change}
+    case = attention.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")._replace(**change)
+    assert attention._refusal(attention._BY_NAME["flash-varlen"], case) == reason
+    assert hopper(**change) == best
+
+
+def test_flex_takes_packed_sequences_only_on_request(hopper):
+    case = attention.Case("cuda", torch.bfloat16, "tensor", "none", 128, 128, False, "large")
+    for packed in ("", "bottom-right", "top-left"):
+        assert attention._chosen.__wrapped__("flex", case._replace(packed=packed)).names == ("flex",)
 
 
 @pytest.mark.gpu

@@ -16,8 +16,8 @@ from tests.numerics import assert_close, relative_error
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch 2.11's own tracer
 
 MASKS = ("no_mask", "causal", "causal_bottom_right", "padding", "padding_causal", "padding,causal", "arbitrary")
-USABLE = [name for name, (usable, _) in attention_backends().items() if usable and name != "flex"]
-"""flex, which only runs where it is asked for, has its tests among those of the features that it is for."""
+USABLE = [name for name, (usable, _) in attention_backends().items() if usable and name not in ("flex", "flash-varlen")]
+"""flex, which only runs where it is asked for, and flash-varlen have their tests among those of the features that they are for."""
 
 
 def draw(

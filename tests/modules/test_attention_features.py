@@ -8,8 +8,9 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
-from overdrive.functional import attention
+from overdrive.functional import attention, flash_varlen
 from overdrive.functional.attention import default_slopes, reference_attention
 from overdrive.functional.flex import flex
 from overdrive.modules.attention import DotProductAttention
@@ -17,7 +18,7 @@ from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
 
 FEATURES = {
-    "layout": ("sbhd", "bshd", "thd", "thd padded"),
+    "layout": ("sbhd", "bshd", "thd", "thd padded", "thd longer"),
     "mask": (
         "no_mask",
         "causal",
@@ -127,7 +128,7 @@ class Trial:
             self.slopes = torch.rand(*((BATCH,) if kind == "batch slopes" else ()), HEADS)
 
     def places(self, side: int) -> list[torch.Tensor]:
-        """Where each sequence's tokens lie among the packed ones; a token of no sequence at the end."""
+        """Where each sequence's tokens lie among the packed ones."""
         gap = 2 if self.case["layout"] == "thd padded" else 0
         starts = [0, *itertools.accumulate(pair[side] + gap for pair in self.lengths)]
         return [torch.arange(start, start + pair[side]) for start, pair in zip(starts, self.lengths)]
@@ -136,8 +137,8 @@ class Trial:
         """[B, L, ...] in the case's layout."""
         if not self.packed:
             return x.transpose(0, 1).contiguous() if self.case["layout"] == "sbhd" else x.clone()
-        gap = 2 if self.case["layout"] == "thd padded" else 0
-        total = sum(pair[side] + gap for pair in self.lengths) + gap
+        gap, spare = {"thd": (0, 0), "thd padded": (2, 2), "thd longer": (0, 3)}[self.case["layout"]]
+        total = sum(pair[side] + gap for pair in self.lengths) + spare
         out = torch.randn(total, *x.shape[2:]).to(x.dtype)  # what lies between sequences counts for nothing
         for b, where in enumerate(self.places(side)):
             out[where] = x[b, : len(where)]
@@ -239,7 +240,8 @@ class Trial:
                 module.softmax_offset.copy_(self.offset)
         return module
 
-    def check(self) -> None:
+    def check(self) -> str:
+        """Checks output and gradients; the backend that explain names."""
         fixed, call = self.arguments()
         module, dtype = self.module(**fixed), self.case["dtype"]
         inputs = [self.arranged(x, min(side, 1)).to(self.device).requires_grad_() for side, x in enumerate(self.padded)]
@@ -265,7 +267,9 @@ class Trial:
             assert torch.count_nonzero(out) == torch.count_nonzero(self.gathered(out, 0))  # zeros between the sequences
         for index, (name, actual, want) in enumerate(zip(("dq", "dk", "dv", "dbias or doffset", "doffset"), gradients, exact)):
             if index < 3:
-                actual = self.gathered(actual, min(index, 1))
+                gathered = self.gathered(actual, min(index, 1))
+                assert not self.packed or torch.count_nonzero(actual) == torch.count_nonzero(gathered)
+                actual = gathered
             assert_close(actual, want, dtype, what=name, depth=depth)
         if largest is not None:
             assert largest.dtype == torch.float32
@@ -273,6 +277,7 @@ class Trial:
             assert relative_error(largest, torch.tensor(most)) < 1e-5
         decision = module.explain(*inputs, **{name: value for name, value in call.items() if name != "checkpoint_core_attention"})
         assert decision.backend not in decision.passed_over
+        return decision.backend
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
@@ -490,3 +495,291 @@ def test_pairs_on_flex(case, device, monkeypatch):
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flex")
     torch.manual_seed(0)
     Trial(case, device).check()
+
+
+# --- packed sequences as they lie ---------------------------------------------------------------------------------------
+
+VARLEN_FEATURES = {
+    **FEATURES,
+    "layout": ("thd", "thd padded", "thd longer"),
+    "mask": tuple(mask for mask in FEATURES["mask"] if mask != "arbitrary"),
+    "window": (*FEATURES["window"], (1, 12), (70, 0), (9, 90)),
+    "bias": ("no_bias",),
+    "softmax": ("vanilla",),
+    "dims": ((8, 8), (24, 24), (64, 64), (136, 136)),
+    "sizes": (*FEATURES["sizes"], (150, 150), (130, 300), (300, 130)),
+    "max_logit": (False,),
+    "dtype": (torch.bfloat16, torch.float16),
+}
+VARLEN_CASES = covering(VARLEN_FEATURES)
+
+
+def at_the_end(case: dict) -> bool:
+    """Whether the mask's diagonal, if it has one, ends with the last query and key of each sequence."""
+    bottom_right = case["mask"] not in ("causal", "padding_causal", "padding,causal")
+    if case["bottom_right"] is not None:
+        bottom_right = case["bottom_right"]
+    queries, keys = case["sizes"]
+    return bottom_right or queries == keys or ("causal" not in case["mask"] and case["window"] is None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("case", VARLEN_CASES, ids=range(len(VARLEN_CASES)))
+def test_pairs_on_varlen(case, forced, device, monkeypatch):
+    if forced:
+        monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-varlen")
+    torch.manual_seed(0)
+    if forced and not at_the_end(case):
+        with pytest.raises(ValueError, match="has the diagonal of a mask end with the last query and key"):
+            Trial(case, device).check()
+    else:
+        assert (Trial(case, device).check() == "flash-varlen") == at_the_end(case)
+
+
+class Imitation(torch.autograd.Function):
+    """varlen_attn in plain PyTorch, NaN in what its kernels leave unwritten."""
+
+    @staticmethod
+    def parts(offsets_q, offsets_kv):
+        return zip(*([slice(*pair) for pair in itertools.pairwise(offsets.tolist())] for offsets in (offsets_q, offsets_kv)))
+
+    @staticmethod
+    def attend(query, key, value, scale, left, right):
+        queries, keys = query.shape[0], key.shape[0]
+        key, value = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        places = torch.arange(queries)[:, None] + keys - queries
+        hidden = (torch.arange(keys) > places + right) | (torch.arange(keys) < places - left)
+        scores = torch.einsum("qhd,khd->hqk", query.double(), key) * scale
+        dead = hidden.all(-1, keepdim=True)
+        probabilities = scores.masked_fill(hidden & ~dead, -torch.inf).softmax(-1).masked_fill(dead, 0.0)
+        return torch.einsum("hqk,khd->qhd", probabilities, value).to(query.dtype)
+
+    @staticmethod
+    def forward(ctx, query, key, value, offsets_q, offsets_kv, most_q, most_kv, scale, window):
+        left, right = (-1 if reach >= most_kv else reach for reach in window)  # the kernels' own rule
+        if max(left, right) >= 0:
+            left, right = (most_kv if reach < 0 else reach for reach in (left, right))
+        else:
+            left = right = 10**6
+        ctx.save_for_backward(query, key, value, offsets_q, offsets_kv)
+        ctx.rest = (most_q, most_kv, scale, left, right)
+        out = torch.full_like(query, torch.nan)
+        for part_q, part_kv in Imitation.parts(offsets_q, offsets_kv):
+            one = Imitation.attend(query[part_q], key[part_kv], value[part_kv], scale, left, right)
+            out[part_q][:most_q] = one[:most_q]
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *inputs, offsets_q, offsets_kv = ctx.saved_tensors
+        most_q, most_kv, *rest = ctx.rest
+        gradients = [torch.full_like(x, torch.nan) for x in inputs]
+        for part_q, part_kv in Imitation.parts(offsets_q, offsets_kv):
+            leaves = [x[part].detach().requires_grad_() for x, part in zip(inputs, (part_q, part_kv, part_kv))]
+            with torch.enable_grad():
+                out = Imitation.attend(*leaves, *rest)
+            for gradient, one, part, most in zip(
+                gradients,
+                torch.autograd.grad(out, leaves, dout[part_q]),
+                (part_q, part_kv, part_kv),
+                (most_q, most_kv, most_kv),
+            ):
+                gradient[part][:most] = one[:most]
+        return *gradients, *(None for _ in range(6))
+
+
+@pytest.fixture
+def imitated(device, monkeypatch):
+    """flash-varlen forced, its kernels imitated on the CPU; what these were called with."""
+    if device != "cpu":
+        pytest.skip("the kernels themselves run")
+    calls = []
+
+    def imitation(query, key, value, offsets_q, offsets_kv, most_q, most_kv, *, scale, window_size, enable_gqa=False):
+        tensors = (query, key, value)
+        assert all(x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.storage_offset() % 8 == 0 for x in tensors)
+        assert offsets_q.dtype == offsets_kv.dtype == torch.int32
+        assert offsets_q.is_contiguous()
+        assert offsets_kv.is_contiguous()
+        assert most_q > 1 or query.shape[1] == key.shape[1]  # where the kernels count on a query for every sequence
+        calls.append((offsets_q.tolist(), offsets_kv.tolist(), most_q, most_kv, window_size))
+        return Imitation.apply(*tensors, offsets_q, offsets_kv, most_q, most_kv, scale, window_size)
+
+    backend = attention._BY_NAME["flash-varlen"]._replace(devices=("cpu",), capabilities=())
+    monkeypatch.setitem(attention._BY_NAME, "flash-varlen", backend)
+    monkeypatch.setattr(attention, "BACKENDS", tuple(attention._BY_NAME.values()))
+    monkeypatch.setattr(flash_varlen, "varlen_attn", imitation)
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-varlen")
+    attention._chosen.cache_clear()
+    yield calls
+    attention._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("case", VARLEN_CASES, ids=range(len(VARLEN_CASES)))
+def test_pairs_around_varlen(case, imitated, device):
+    torch.manual_seed(0)
+    if at_the_end(case):
+        assert Trial(case, device).check() == "flash-varlen"
+        assert imitated
+    else:
+        with pytest.raises(ValueError, match="has the diagonal of a mask end with the last query and key"):
+            Trial(case, device).check()
+
+
+def thd(tokens, keys, device, groups=4):
+    """Q, K and V of so many tokens as leaves."""
+    shapes = ((tokens, 4, 8), (keys, groups, 8), (keys, groups, 8))
+    return [torch.randn(shape).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
+
+
+def offsets(*values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "padded", "call"),
+    [
+        ("padding", None, None, ([0, 3, 7], [0, 3, 7], 4, 4, (-1, -1))),
+        ("padding_causal", None, None, ([0, 3, 7], [0, 3, 7], 4, 4, (-1, 0))),
+        ("padding_causal_bottom_right", (2, 0), None, ([0, 3, 7], [0, 3, 7], 4, 4, (2, 0))),
+        ("padding_causal", None, (0, 5, 11), ([0, 3, 5, 9], [0, 3, 5, 9], 4, 4, (-1, 0))),
+        ("padding_causal", None, (0, 3, 7), ([0, 3, 7], [0, 3, 7], 4, 4, (-1, 0))),
+    ],
+)
+def test_what_the_varlen_kernels_are_told(mask, window, padded, call, imitated):
+    q, k, v = thd(7 if padded is None else padded[-1], 7 if padded is None else padded[-1], "cpu")
+    said = {} if padded is None else {"cu_seqlens_q_padded": offsets(*padded), "cu_seqlens_kv_padded": offsets(*padded)}
+    module = DotProductAttention(4, 8, qkv_format="thd", attn_mask_type=mask, window_size=window)
+    module(q, k, v, cu_seqlens_q=offsets(0, 3, 7), cu_seqlens_kv=offsets(0, 3, 7), **said)
+    assert imitated == [call]
+
+
+@pytest.mark.parametrize(("right", "most"), [(0, 6), (1, 10)])
+def test_windows_that_look_ahead_reach_before_the_first_key(right, most, imitated):
+    module = DotProductAttention(4, 8, qkv_format="thd", attn_mask_type="padding" if right else "causal", window_size=(1, right))
+    said = {"cu_seqlens_q": offsets(0, 4, 7), "cu_seqlens_kv": offsets(0, 1, 7)}
+    module(*thd(7, 7, "cpu"), **said, bottom_right_diagonal=True)
+    assert imitated[0][3:] == (most, (1, right))
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+def test_sequences_of_one_query_or_none(groups, device, request, monkeypatch):
+    """With as many tokens as sequences, though not one in each."""
+    if device == "cpu":
+        request.getfixturevalue("imitated")
+    q, k, v = thd(3, 5, device, groups)
+    bounds = {"cu_seqlens_q": offsets(0, 1, 1, 2, device=device), "cu_seqlens_kv": offsets(0, 2, 5, 5, device=device)}
+    module = DotProductAttention(4, 8, groups, qkv_format="thd", attn_mask_type="padding")
+    out = module(q, k, v, **bounds)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    monkeypatch.delenv("OVERDRIVE_ATTENTION", raising=False)
+    alone = DotProductAttention(4, 8, groups, qkv_format="bshd", attn_mask_type="no_mask")
+    exact = [x.detach().cpu().float().requires_grad_() for x in (q, k, v)]
+    want = alone(exact[0][None, :1], exact[1][None, :2], exact[2][None, :2])[0]
+    assert_close(out[:1], want.detach().double(), torch.bfloat16, depth=2)
+    assert not out[1:].any()
+    expected = torch.autograd.grad(want, exact, torch.ones_like(want), allow_unused=True)
+    for actual, gradient in zip(gradients, expected):
+        assert_close(actual, gradient.double(), torch.bfloat16, depth=2)
+
+
+def test_unaligned_tensors_are_copied_for_the_varlen_kernels(imitated):
+    q, k, v = (torch.randn(7, 4 * 8 + 3, dtype=torch.bfloat16)[:, 3:].unflatten(1, (4, 8)) for _ in range(3))
+    bounds = offsets(0, 7)
+    DotProductAttention(4, 8, qkv_format="thd")(q, k, v, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    assert len(imitated) == 1
+
+
+def test_what_varlen_does_not_take(imitated, monkeypatch):
+    q, k, v = thd(7, 7, "cpu")
+    bounds = {"cu_seqlens_q": offsets(0, 3, 7), "cu_seqlens_kv": offsets(0, 3, 7)}
+    unlike = {"cu_seqlens_q": offsets(0, 3, 7), "cu_seqlens_kv": offsets(0, 2, 7)}
+    module = DotProductAttention(4, 8, qkv_format="thd")
+    assert module.explain(q, k, v, **bounds).backend == "flash-varlen"
+    for call, options, reason in (
+        (unlike, {}, "has the diagonal of a mask end"),
+        (bounds, {"core_attention_bias_type": "alibi"}, "takes packed sequences only"),
+        ({}, {"qkv_format": "bshd"}, "takes packed sequences only"),
+    ):
+        inputs = [x[None] for x in (q, k, v)] if not call else (q, k, v)
+        with pytest.raises(ValueError, match=f"OVERDRIVE_ATTENTION=flash-varlen cannot run this attention: {reason}"):
+            module(*inputs, **call, **options)
+        with monkeypatch.context() as unforced:
+            unforced.delenv("OVERDRIVE_ATTENTION")
+            assert reason in module.explain(*inputs, **call, **options).passed_over["flash-varlen"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("padded", [False, True])
+def test_varlen_compiles_as_one_graph(padded, imitated, monkeypatch):
+    """As far as no kernel is needed: torch's op and its gradient are in the graphs."""
+    monkeypatch.setattr(flash_varlen, "varlen_attn", torch.nn.attention.varlen.varlen_attn)
+    torch.compiler.reset()
+    ops = []
+
+    def capture(graph, _):
+        ops.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
+
+        def run(arguments):
+            arguments.clear()
+            return [torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in values]
+
+        run._boxed_call = True
+        return run
+
+    bounds, starts = offsets(0, 3, 7), offsets(0, 4, 8)
+    said = {"cu_seqlens_q_padded": starts, "cu_seqlens_kv_padded": starts} if padded else {}
+    said |= {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": 4, "max_seqlen_kv": 4}
+    module = DotProductAttention(4, 8, 2, qkv_format="thd")
+    compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=capture))
+    compiled(*thd(9, 9, "cpu", 2), **said).sum().backward()
+    forward, backward = ops
+    assert any("_varlen_attn" in op for op in forward)
+    assert any("_varlen_attn_backward" in op for op in backward)
+    assert any("where" in op for op in forward)  # the offsets cannot be read
+    assert any("where" in op for op in backward)
+
+
+def packed_calls(device):
+    """Arguments with padding between sequences, behind them, and without."""
+    bounds = offsets(0, 30, 30, 100, device=device)
+    said = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": 70, "max_seqlen_kv": 70}
+    padded = offsets(0, 32, 40, 120, device=device)
+    return [(said, 100), (said, 128), (said | {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}, 128)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("how", ["graph", "compiled"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_varlen_where_no_offsets_can_be_read(how, index, device, monkeypatch):
+    monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-varlen")
+    torch.compiler.reset()
+    said, tokens = packed_calls(device)[index]
+    module = DotProductAttention(4, 8, 2, qkv_format="thd")
+    inputs = thd(tokens, tokens, device, 2)
+    dout = torch.randn(tokens, 32, device=device, dtype=torch.bfloat16)
+
+    def step(call):
+        out = call(*inputs, **said)
+        return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+    expected = step(module)
+    if how == "compiled":
+        actual = step(torch.compile(module, fullgraph=True, backend="aot_eager"))
+    else:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(module)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = step(module)
+        graph.replay()
+    for a, b in zip(actual, expected):
+        assert_close(a, b.cpu().double(), torch.bfloat16)
+        assert torch.equal(a == 0, b == 0)
