@@ -30,7 +30,7 @@ from overdrive.ops.library import constant_result
 VARIABLE = "OVERDRIVE_ATTENTION"
 _HALF = (torch.float16, torch.bfloat16)
 _ALL = (*_HALF, torch.float32, torch.float64)
-_BIASES = ("none", "constant", "gradient")
+_BIASES = ("none", "constant", "gradient", "gradient alone")
 _PACKED = ("bottom-right", "top-left")
 _LARGE = 2**36
 """Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
@@ -40,9 +40,10 @@ class Case(NamedTuple):
     """What the choice of a backend depends on.
 
     mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the
-    host is what one waits for, else "large". bias: "none", "constant" or "gradient". offset, max_logit: as in Scores. packed: "" of
-    a batch; of packed sequences "bottom-right" or, if the mask has a diagonal through the first query and key of sequences whose
-    queries and keys differ in number, "top-left"; their mask is "tensor", which it is of the padded ones.
+    host is what one waits for, else "large". bias: "none", "constant", "gradient", or "gradient alone" if Q, K and V get none;
+    wide_bias: it is of another dtype than Q. offset, max_logit: as in Scores. packed: "" of a batch; of packed sequences
+    "bottom-right" or, if the mask has a diagonal through the first query and key of sequences whose queries and keys differ in
+    number, "top-left"; their mask is "tensor", which it is of the padded ones.
     """
 
     device: str
@@ -54,6 +55,7 @@ class Case(NamedTuple):
     grouped: bool
     size: str
     bias: str = "none"
+    wide_bias: bool = False
     offset: bool = False
     max_logit: bool = False
     packed: str = ""
@@ -63,8 +65,9 @@ class Backend(NamedTuple):
     """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
 
     sdpa: which of torch's it is. package: what must be installed for it; module: what must load. heavy: it takes more host time
-    than others. offset, max_logit: whether it takes and gives what Scores says. packed: of which packed sequences it takes as they
-    lie (Case.packed), all others padded; padded: whether it takes a batch. on_request: it runs only where it is forced.
+    than others. wide_biases: whether it takes biases of another dtype than Q. offset, max_logit: whether it takes and gives what
+    Scores says. packed: of which packed sequences it takes as they lie (Case.packed), all others padded; padded: whether it takes a
+    batch. on_request: it runs only where it is forced.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Backend(NamedTuple):
     package: str | None = None
     module: str | None = None
     biases: tuple[str, ...] = ("none",)
+    wide_biases: bool = True
     offset: bool = False
     max_logit: bool = False
     packed: tuple[str, ...] = ()
@@ -131,7 +135,18 @@ BACKENDS = (
         max_head_dim=256,
         unequal_dims=False,
     ),
-    Backend("efficient", SDPBackend.EFFICIENT_ATTENTION, ("cuda",), grouped=False),
+    Backend(
+        "efficient",
+        SDPBackend.EFFICIENT_ATTENTION,
+        ("cuda",),
+        grouped=False,
+        biases=(
+            "none",
+            "constant",
+            "gradient",
+        ),  # alone, a bias is not given the statistics to make it from (pytorch/pytorch#148476)
+        wide_biases=False,
+    ),
     Backend(
         "cpu",
         SDPBackend.FLASH_ATTENTION,
@@ -195,7 +210,11 @@ def _refusal(backend: Backend, case: Case) -> str:
     if case.mask not in backend.masks:
         return "takes no mask tensor"
     if case.bias not in backend.biases:
-        return "takes no bias" if len(backend.biases) == 1 else "gives no gradient for the bias"
+        if len(backend.biases) == 1:
+            return "takes no bias"
+        return "gives no gradient for the bias" + (" alone" if "gradient" in backend.biases else "")
+    if case.wide_bias and not backend.wide_biases:
+        return f"takes a bias only in the dtype of Q, {case.dtype}"
     if case.offset and not backend.offset:
         return "has the vanilla softmax only"
     if case.max_logit and not backend.max_logit:
@@ -343,9 +362,17 @@ def _case(query, key, value, mask, causal, dropout, *scores) -> Any:
     return query.device.type, query.dtype, kind, drops, dim, value_dim, heads != groups, size, *scores
 
 
-def _scores_case(scores: Scores, bias: torch.Tensor | None) -> tuple[str, bool, bool]:
-    kind = "none" if bias is None else "gradient" if bias.requires_grad and torch.is_grad_enabled() else "constant"
-    return kind, scores.offset is not None, scores.max_logit
+def _scores_case(scores: Scores | None, bias: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[str, bool, bool, bool]:
+    """What the Case of Q, K and V says of them."""
+    if scores is None:
+        return "none", False, False, False
+    if bias is None:
+        kind = "none"
+    elif not bias.requires_grad or not torch.is_grad_enabled():
+        kind = "constant"
+    else:
+        kind = "gradient" if any(x.requires_grad for x in tensors) else "gradient alone"
+    return kind, bias is not None and bias.dtype != tensors[0].dtype, scores.offset is not None, scores.max_logit
 
 
 def _repeated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -386,7 +413,7 @@ def scored_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(what `attention` gives with `bias` [1 or B, 1 or H, 1 or S, T] added to the scaled scores, each head's largest or None)."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    case = _case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias))
+    case = _case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value))
     names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
     if names[0] == "reference":
         return reference_attention(query, key, value, mask, causal, dropout, scale, bias, scores.offset, scores.max_logit, dead)
@@ -398,7 +425,9 @@ def scored_attention(
 
 
 def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query) -> torch.Tensor | None:
-    """bias and mask as the one tensor [.., .., S, T] that torch adds to the scores, in f32 as bf16 rounds ALiBi's far ends."""
+    """bias and mask as the one tensor [.., .., S, T] that torch adds to the scores, in the query's dtype only where the bias is:
+    rounded to bf16, one of -8, where exp(-8) still counts, is off by up to 0.016, and its probability by as much of itself.
+    """
     if causal:
         mask = square_causal(query.shape[2], query.device)
     if bias is None:
@@ -406,7 +435,10 @@ def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, 
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf)
     bias = bias.expand(-1, -1, query.shape[2], -1)
-    return bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    if bias.dtype != query.dtype:
+        return bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    # torch aligns strides for its kernels, not the beginning, which a compiler does not tell
+    return bias if torch.compiler.is_compiling() or bias.storage_offset() % 8 == 0 else bias.clone()
 
 
 def reference_attention(
@@ -502,8 +534,7 @@ def _packed_backend(query, key, value, side_q: Side, side_kv: Side, kind: MaskKi
     if query.numel() == 0 or key.numel() == 0 or not packed:
         return ""
     views = (x.transpose(0, 1)[None] for x in (query, key, value))
-    rest = ("none", False, False) if scores is None else _scores_case(scores, None)
-    name = _route(*_case(*views, side_q.offsets, False, dropout, *rest, packed))[0][0]
+    name = _route(*_case(*views, side_q.offsets, False, dropout, *_scores_case(scores, None), packed))[0][0]
     return name if packed in _BY_NAME[name].packed else ""
 
 
@@ -610,8 +641,7 @@ def explain(
     """
     query, key, value, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first)
     bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
-    rest = ("none", False, False) if scores is None else _scores_case(scores, bias)
-    case = Case(*_case(query, key, value, mask, causal, dropout, *rest, packed))
+    case = Case(*_case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value), packed))
     if bias is not None:
         mask, causal = _biased(bias, mask, causal, query), False
     forced = os.environ.get(VARIABLE, "")

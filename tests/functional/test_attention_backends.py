@@ -388,6 +388,31 @@ def test_flash_varlen_is_refused(hopper, change, reason, best):
     assert hopper(**change) == best
 
 
+@pytest.mark.parametrize(
+    ("change", "best"),
+    [
+        ({"bias": "constant"}, "efficient"),
+        ({"bias": "gradient"}, "efficient"),
+        ({"bias": "gradient", "dtype": torch.float32, "grouped": True, "dropout": "any"}, "efficient"),
+        ({"bias": "gradient alone"}, "math"),
+        ({"bias": "constant", "wide_bias": True}, "math"),
+        ({"bias": "gradient", "dtype": torch.float64}, "math"),
+        ({"bias": "gradient", "offset": True}, "reference"),
+    ],
+)
+def test_biases_on_hopper(hopper, change, best):
+    for mask in ("none", "causal", "tensor"):
+        assert hopper(mask=mask, **change) == best
+
+
+def test_why_efficient_takes_no_bias(hopper):
+    case = attention.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")
+    efficient = attention._BY_NAME["efficient"]
+    assert attention._refusal(efficient, case._replace(bias="gradient alone")) == "gives no gradient for the bias alone"
+    wide = case._replace(bias="constant", wide_bias=True)
+    assert attention._refusal(efficient, wide) == "takes a bias only in the dtype of Q, torch.bfloat16"
+
+
 def test_flex_takes_packed_sequences_only_on_request(hopper):
     case = attention.Case("cuda", torch.bfloat16, "tensor", "none", 128, 128, False, "large")
     for packed in ("", "bottom-right", "top-left"):

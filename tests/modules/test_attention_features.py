@@ -497,6 +497,54 @@ def test_pairs_on_flex(case, device, monkeypatch):
     Trial(case, device).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["pre_scale_bias", "post_scale_bias"])
+@pytest.mark.parametrize("mask", ["no_mask", "causal", "padding_causal"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("lead", "queries", "keys", "groups"),
+    [((1, 1), 64, 64, 4), ((3, 4), 70, 70, 2), ((1, 4), 33, 100, 4), ((3, 1), 100, 33, 1), ((3, 4, 1), 7, 40, 4)],
+)
+def test_biases_in_the_dtype_of_q(lead, queries, keys, groups, frozen, mask, kind, dtype, device):
+    """Which torch's memory-efficient kernels take, also a slice of something."""
+    torch.manual_seed(0)
+    shapes = ((3, queries, 4, 16), (3, keys, groups, 16), (3, keys, groups, 16), (*lead[:2], *(lead[2:] or (queries,)), keys + 3))
+    drawn = [torch.randn(shape).to(dtype) for shape in shapes]
+    exact = [x.double().requires_grad_() for x in (*drawn[:3], drawn[3][..., 3:])]
+    *inputs, wide = (x.to(device) for x in drawn)
+    inputs = [x.requires_grad_() for x in inputs]
+    added = wide[..., 3:].detach().requires_grad_(not frozen)
+    lengths = torch.tensor([min(queries, keys), 5, 1])
+    call = {"core_attention_bias_type": kind, "core_attention_bias": added}
+    padding = None
+    if mask.startswith("padding"):
+        padding = [(torch.arange(length) >= lengths[:, None])[:, None, None].to(device) for length in (queries, keys)]
+        call["attention_mask"] = tuple(padding)
+    module = DotProductAttention(4, 16, groups, qkv_format="bshd", attn_mask_type=mask)
+    assert device == "cpu" or module.explain(*inputs, **call).backend == "efficient"
+    out = module(*inputs, **call)
+    dout = torch.randn(out.shape, dtype=dtype)
+    wanted = [*inputs, *([] if frozen else [added])]
+    gradients = torch.autograd.grad(out, wanted, dout.to(device))
+
+    scale = 16**-0.5
+    hidden = torch.zeros(3, 1, queries, keys, dtype=torch.bool)
+    if mask != "no_mask":
+        hidden = hidden | torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    dead = torch.zeros(3, 1, queries, 1, dtype=torch.bool)
+    if padding is not None:
+        hidden = hidden | padding[1].cpu()
+        dead = padding[0].cpu().transpose(2, 3)
+    heads = [x.transpose(1, 2) for x in exact[:3]]
+    heads[1:] = [x.repeat_interleave(4 // groups, 1) for x in heads[1:]]
+    scores = heads[0] @ heads[1].mT * scale + exact[3] * (scale if kind == "pre_scale_bias" else 1)
+    want = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ heads[2]).masked_fill(dead, 0.0).transpose(1, 2).flatten(2)
+    expected = torch.autograd.grad(want, exact[: len(wanted)], dout.double())
+    assert_close(out, want.detach(), dtype, what="out", depth=4)
+    for name, actual, gradient in zip(("dq", "dk", "dv", "dbias"), gradients, expected):
+        assert_close(actual, gradient, dtype, what=name, depth=4)
+
+
 # --- packed sequences as they lie ---------------------------------------------------------------------------------------
 
 VARLEN_FEATURES = {
