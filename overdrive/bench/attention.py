@@ -16,7 +16,7 @@ from overdrive.bench.observe import relative, worst
 from overdrive.bench.outcome import Outcome, selected
 from overdrive.bench.plain import Spec
 from overdrive.bench.timing import Protocol, first_backward, measure, reason, sets_beyond_cache, timed
-from overdrive.functional.attention import BACKENDS, VARIABLE
+from overdrive.functional.attention_backends import BACKENDS, VARIABLE
 
 WITHIN = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.02}
 CALLS_A_VISIT = 5

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one table of borrowed backends, the choice between them, and that choice explained.
+"""Scaled dot-product attention by the backend that attention_backends chooses, or as it is defined.
 
 Shapes: B batch, H heads, G groups of K/V heads (H % G == 0), S queries, T keys, D head dim of Q and K, E head dim of V. Backends
 read views [B, H, S, D], [B, G, T, D], [B, G, T, E] of any strides, so nothing is copied between the QKV GEMM and the kernel, and
@@ -8,271 +8,27 @@ into one matrix where Q, K and V are views of one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import importlib.util
-import os
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
+from overdrive.functional.attention_backends import BY_NAME, SDPA, Case, Decision, cannot_run, decide, route, torch_refusal
 from overdrive.functional.attention_mask import Mask, MaskKind, document_mask, places, score_mask, square_causal
 from overdrive.functional.flex import flex
 from overdrive.functional.node import applied, first_order
 from overdrive.functional.packing import Packing, Side, alike, packings
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
-from overdrive.ops.library import constant_result
 
-VARIABLE = "OVERDRIVE_ATTENTION"
-_HALF = (torch.float16, torch.bfloat16)
-_ALL = (*_HALF, torch.float32, torch.float64)
-_BIASES = ("none", "constant", "gradient", "gradient alone")
-_PACKED = ("bottom-right", "top-left")
 _LARGE = 2**36
 """Multiplications (batch x heads x queries x keys x head dim) from which on layers keep the GPU busier than the host."""
 
 
-class Case(NamedTuple):
-    """What the choice of a backend depends on.
-
-    mask: "none", "causal" or "tensor". dropout: "none", "sixteenths" (a multiple of 1/16) or "any". size: "small" where the
-    host is what one waits for, else "large". bias: "none", "constant", "gradient", or "gradient alone" if Q, K and V get none;
-    wide_bias: it is of another dtype than Q. offset, max_logit: as in Scores. packed: "" of a batch; of packed sequences
-    "bottom-right" or, if the mask has a diagonal through the first query and key of sequences whose queries and keys differ in
-    number, "top-left"; their mask is "tensor", which it is of the padded ones.
-    """
-
-    device: str
-    dtype: torch.dtype
-    mask: str
-    dropout: str
-    head_dim: int
-    value_dim: int
-    grouped: bool
-    size: str
-    bias: str = "none"
-    wide_bias: bool = False
-    offset: bool = False
-    max_logit: bool = False
-    packed: str = ""
-
-
-class Backend(NamedTuple):
-    """What a backend can do. coarse_dropout: compute capabilities on which it rounds the probability to sixteenths.
-
-    sdpa: which of torch's it is. package: what must be installed for it; module: what must load. heavy: it takes more host time
-    than others. wide_biases: whether it takes biases of another dtype than Q. offset, max_logit: whether it takes and gives what
-    Scores says. packed: of which packed sequences it takes as they lie (Case.packed), all others padded; padded: whether it takes a
-    batch. on_request: it runs only where it is forced.
-    """
-
-    name: str
-    sdpa: SDPBackend | None
-    devices: tuple[str, ...]
-    capabilities: tuple[int, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (*_HALF, torch.float32)
-    masks: tuple[str, ...] = ("none", "causal", "tensor")
-    dropout: bool = True
-    coarse_dropout: tuple[int, ...] = ()
-    head_dim_multiple: int = 1
-    max_head_dim: int | None = None
-    unequal_dims: bool = True
-    grouped: bool = True
-    heavy: bool = False
-    package: str | None = None
-    module: str | None = None
-    biases: tuple[str, ...] = ("none",)
-    wide_biases: bool = True
-    offset: bool = False
-    max_logit: bool = False
-    packed: tuple[str, ...] = ()
-    padded: bool = True
-    on_request: bool = False
-
-
-BACKENDS = (
-    Backend(
-        "flash-attn-4",
-        None,
-        ("cuda",),
-        capabilities=(9,),
-        dtypes=_HALF,
-        masks=("none", "causal"),
-        dropout=False,
-        unequal_dims=False,
-        head_dim_multiple=32,  # with others dQ is wrong (Dao-AILab/flash-attention#2896)
-        max_head_dim=256,
-        heavy=True,
-        package="flash_attn.cute",
-        module="overdrive.kernels.attention",
-    ),
-    Backend(
-        "flash-varlen",
-        None,
-        ("cuda",),
-        capabilities=(8, 9, 10, 12),
-        dtypes=_HALF,
-        dropout=False,
-        unequal_dims=False,
-        head_dim_multiple=8,
-        max_head_dim=256,
-        module="overdrive.functional.flash_varlen",
-        packed=("bottom-right",),
-        padded=False,
-    ),
-    Backend("cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), (9, 10), _HALF, coarse_dropout=(10,), max_head_dim=256),
-    Backend(
-        "flash",
-        SDPBackend.FLASH_ATTENTION,
-        ("cuda",),
-        capabilities=(8, 9, 10, 12),
-        dtypes=_HALF,
-        masks=("none", "causal"),
-        max_head_dim=256,
-        unequal_dims=False,
-    ),
-    Backend(
-        "efficient",
-        SDPBackend.EFFICIENT_ATTENTION,
-        ("cuda",),
-        grouped=False,
-        biases=(
-            "none",
-            "constant",
-            "gradient",
-        ),  # alone, a bias is not given the statistics to make it from (pytorch/pytorch#148476)
-        wide_biases=False,
-    ),
-    Backend(
-        "cpu",
-        SDPBackend.FLASH_ATTENTION,
-        ("cpu",),
-        dtypes=_ALL,
-        dropout=False,
-        unequal_dims=False,
-        biases=("none", "constant"),
-    ),
-    Backend("math", SDPBackend.MATH, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES),
-    Backend("reference", None, ("cuda", "cpu"), dtypes=_ALL, biases=_BIASES, offset=True, max_logit=True),
-    Backend("flex", None, ("cuda",), dropout=False, biases=_BIASES, offset=True, packed=_PACKED, on_request=True),
-)
-"""Fastest first, as measured on an H200 in bf16. Torch has the last word on lengths and strides; the reference takes all."""
-
-_BY_NAME = {backend.name: backend for backend in BACKENDS}
-_SDPA = {backend.name: backend.sdpa for backend in BACKENDS if backend.sdpa is not None}
-
-
-@functools.cache
-def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
-
-
-@functools.cache
-def _machine_refusal(backend: Backend, device: str) -> str:
-    """Why `backend` cannot run on this machine's `device`, or ""."""
-    if device not in backend.devices:
-        return f"runs on {' and '.join(backend.devices)} only, not on {device}"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "needs a CUDA GPU, torch sees none"
-    if backend.capabilities and _capability()[0] not in backend.capabilities:
-        major, minor = _capability()
-        return f"needs compute capability {', '.join(f'{c}.x' for c in backend.capabilities)}, this GPU has {major}.{minor}"
-    if backend.package:
-        package = backend.package.split(".")[0]
-        if importlib.util.find_spec(package) is None or importlib.util.find_spec(backend.package) is None:
-            return f"{backend.package} is not installed: pip install 'overdrive[fa4]'"
-    return ""
-
-
-@functools.cache
-def _load_failure(module: str) -> str:
-    """Why `module` cannot be used, or ""."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever a compiler package may raise where its libraries do not fit
-        return f"does not load: {type(error).__name__}: {error}"
-    return ""
-
-
-def _refusal(backend: Backend, case: Case) -> str:
-    """Why `backend` cannot take `case`, or ""; lengths and strides are torch's to judge."""
-    dims = (case.head_dim, case.value_dim)
-    if reason := _machine_refusal(backend, case.device):
-        return reason
-    if not backend.padded and not case.packed:
-        return "takes packed sequences only"
-    if case.dtype not in backend.dtypes:
-        return f"takes {', '.join(map(str, backend.dtypes))}, not {case.dtype}"
-    if case.mask not in backend.masks:
-        return "takes no mask tensor"
-    if case.bias not in backend.biases:
-        if len(backend.biases) == 1:
-            return "takes no bias"
-        return "gives no gradient for the bias" + (" alone" if "gradient" in backend.biases else "")
-    if case.wide_bias and not backend.wide_biases:
-        return f"takes a bias only in the dtype of Q, {case.dtype}"
-    if case.offset and not backend.offset:
-        return "has the vanilla softmax only"
-    if case.max_logit and not backend.max_logit:
-        return "does not give the largest logit"
-    if not backend.padded and case.packed not in backend.packed:
-        return "has the diagonal of a mask end with the last query and key of each sequence only"
-    if case.dropout != "none" and not backend.dropout:
-        return "has no dropout"
-    if case.dropout == "any" and backend.coarse_dropout and _capability()[0] in backend.coarse_dropout:
-        return "rounds dropout probabilities to sixteenths on this GPU"
-    if not backend.unequal_dims and dims[0] != dims[1]:
-        return f"needs head dims of Q/K and V to be equal, got {dims[0]} and {dims[1]}"
-    if any(dim % backend.head_dim_multiple for dim in dims):
-        return f"takes head dims that are multiples of {backend.head_dim_multiple}, got {dims[0]} and {dims[1]}"
-    if backend.max_head_dim and max(dims) > backend.max_head_dim:
-        return f"takes head dims up to {backend.max_head_dim}, not {max(dims)}"
-    return _load_failure(backend.module) if backend.module else ""
-
-
-class Route(NamedTuple):
-    """Backends for a case, best first: those of torch's, which has the last word, or one.
-
-    repeat: the best takes no groups, so K and V heads are repeated for it.
-    """
-
-    names: tuple[str, ...]
-    repeat: bool = False
-
-
-def _cannot_run(name: str, reason: str) -> ValueError:
-    return ValueError(f"{VARIABLE}={name} cannot run this attention: {reason}; unset it to let overdrive choose")
-
-
-@functools.cache
-def _chosen(forced: str, case: Case) -> Route:
-    if forced:
-        if forced not in _BY_NAME:
-            raise ValueError(f"{VARIABLE} must be one of {', '.join(_BY_NAME)}, got {forced!r}; unset it to let overdrive choose")
-        if reason := _refusal(_BY_NAME[forced], case):
-            raise _cannot_run(forced, reason)
-        names = (forced,)
-    else:
-        fitting = (backend for backend in BACKENDS if not backend.on_request and (case.size == "large" or not backend.heavy))
-        names = tuple(backend.name for backend in fitting if not _refusal(backend, case))
-        names = tuple(name for name in names if name in _SDPA) if names[0] in _SDPA else names[:1]
-    return Route(names, case.grouped and not _BY_NAME[names[0]].grouped)
-
-
-@constant_result
-def _route(*case) -> tuple[tuple[str, ...], bool]:
-    """The Route of a Case; the forced backend alone if there is one."""
-    route = _chosen(os.environ.get(VARIABLE, ""), Case(*case))
-    return route.names, route.repeat
-
-
 @functools.cache
 def _priority(names: tuple[str, ...]) -> list[int]:
-    ordered = [int(_SDPA[name]) for name in names]  # pyright: ignore[reportArgumentType]
+    ordered = [int(SDPA[name]) for name in names]  # pyright: ignore[reportArgumentType]
     return ordered + [backend for backend in torch._C._get_sdp_priority_order() if backend not in ordered]
 
 
@@ -280,10 +36,10 @@ def _sdpa(names, query, key, value, mask, causal, dropout, scale) -> torch.Tenso
     """F.scaled_dot_product_attention by the first of `names` that torch lets run."""
     grouped = query.shape[1] != key.shape[1]
     if torch.compiler.is_compiling() or len(names) == 1:
-        forced = None if torch.compiler.is_compiling() else _BY_NAME[names[0]]
-        if forced and (reason := _torch_refusal(forced, query, key, value, mask, causal, dropout)):
-            raise _cannot_run(forced.name, reason)
-        with sdpa_kernel([_SDPA[name] for name in names], set_priority=True):
+        forced = None if torch.compiler.is_compiling() else BY_NAME[names[0]]
+        if forced and (reason := torch_refusal(forced, query, key, value, mask, causal, dropout)):
+            raise cannot_run(forced.name, reason)
+        with sdpa_kernel([SDPA[name] for name in names], set_priority=True):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     # what sdpa_kernel does, without its 14 us of switching each backend off and on
     previous = torch._C._get_sdp_priority_order()
@@ -394,34 +150,28 @@ def attention(
     mask: bool, broadcast to [B, H, S, T], True = attend; every row attends to something. causal: S == T and no mask.
     Raises ValueError if OVERDRIVE_ATTENTION names a backend that cannot run it.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    case = _case(query, key, value, mask, causal, dropout)
-    names, repeat = (("math",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
-    if names[0] == "flash-attn-4":
-        return _flash_attention_4(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale)
-    if names[0] == "reference":
-        return reference_attention(query, key, value, mask, causal, dropout, scale)[0]
-    if names[0] == "flex":
-        return flex(query, key, value, mask, causal, scale)
-    if repeat:
-        key, value = _repeated(query, key, value)
-    return _sdpa(names, query, key, value, mask, causal, dropout, scale)
+    return scored_attention(query, key, value, mask, causal, dropout, scale)[0]
 
 
 def scored_attention(
-    query, key, value, mask, causal: bool, dropout: float, scale: float | None, scores: Scores, bias: torch.Tensor | None, dead
+    query, key, value, mask, causal: bool, dropout: float, scale: float | None, scores: Scores | None = None, bias=None, dead=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(what `attention` gives with `bias` [1 or B, 1 or H, 1 or S, T] added to the scaled scores, each head's largest or None)."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     case = _case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value))
-    names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else _route(*case)
+    names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else route(*case)
+    if names[0] == "flash-attn-4":
+        return _flash_attention_4(query, key, value, causal, query.shape[-1] ** -0.5 if scale is None else scale), None
+    offset, max_logit = (None, False) if scores is None else (scores.offset, scores.max_logit)
     if names[0] == "reference":
-        return reference_attention(query, key, value, mask, causal, dropout, scale, bias, scores.offset, scores.max_logit, dead)
+        return reference_attention(query, key, value, mask, causal, dropout, scale, bias, offset, max_logit, dead)
     if names[0] == "flex":
-        return flex(query, key, value, mask, causal, scale, bias, scores.offset), None
+        return flex(query, key, value, mask, causal, scale, bias, offset), None
     if repeat:
         key, value = _repeated(query, key, value)
-    return _sdpa(names, query, key, value, _biased(bias, mask, causal, query), False, dropout, scale), None
+    if bias is not None:
+        mask, causal = _biased(bias, mask, causal, query), False
+    return _sdpa(names, query, key, value, mask, causal, dropout, scale), None
 
 
 def _biased(bias: torch.Tensor | None, mask: torch.Tensor | None, causal: bool, query) -> torch.Tensor | None:
@@ -489,12 +239,8 @@ def dot_product_attention(
     """
     query, key, value, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first)
     back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-    largest = None
-    if scores is None:
-        out = attention(query, key, value, mask, causal, dropout, scale)
-    else:
-        bias = _bias(scores, kind, attention_mask, query, key.shape[2], scale)
-        out, largest = scored_attention(query, key, value, mask, causal, dropout, scale, scores, bias, dead)
+    bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
+    out, largest = scored_attention(query, key, value, mask, causal, dropout, scale, scores, bias, dead)
     out = out.permute(back)
     if dead is not None:  # where, as masked_fill copies first
         out = torch.where(dead.permute(back), 0.0, out)
@@ -534,8 +280,8 @@ def _packed_backend(query, key, value, side_q: Side, side_kv: Side, kind: MaskKi
     if query.numel() == 0 or key.numel() == 0 or not packed:
         return ""
     views = (x.transpose(0, 1)[None] for x in (query, key, value))
-    name = _route(*_case(*views, side_q.offsets, False, dropout, *_scores_case(scores, None), packed))[0][0]
-    return name if packed in _BY_NAME[name].packed else ""
+    name = route(*_case(*views, side_q.offsets, False, dropout, *_scores_case(scores, None), packed))[0][0]
+    return name if packed in BY_NAME[name].packed else ""
 
 
 def _packed_case(side_q: Side, side_kv: Side, kind: MaskKind, scores: Scores | None) -> str:
@@ -585,45 +331,6 @@ def autocasted(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-class Decision(NamedTuple):
-    """Which backend runs, and why each other one does not."""
-
-    backend: str
-    passed_over: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"attention runs on {self.backend}"]
-        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over.items()])
-
-
-_TORCH_CALLS_IT = {
-    SDPBackend.CUDNN_ATTENTION: ("cuDNN attention", torch.backends.cuda.can_use_cudnn_attention),
-    SDPBackend.FLASH_ATTENTION: ("Flash attention", torch.backends.cuda.can_use_flash_attention),
-    SDPBackend.EFFICIENT_ATTENTION: ("Memory efficient", torch.backends.cuda.can_use_efficient_attention),
-}
-
-
-def _torch_refusal(backend: Backend, query, key, value, mask, causal, dropout) -> str:
-    """Why torch would not run `backend` on these very tensors, or ""."""
-    if not query.is_cuda or backend.sdpa not in _TORCH_CALLS_IT:
-        return ""
-    title, usable = _TORCH_CALLS_IT[backend.sdpa]
-    grouped = query.shape[1] != key.shape[1]
-    if usable(torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, grouped)):
-        return ""
-    # asked for the impossible, torch warns of each backend's reasons under a heading, then raises
-    with warnings.catch_warnings(record=True) as caught, sdpa_kernel(backend.sdpa), contextlib.suppress(RuntimeError):
-        warnings.simplefilter("always")
-        F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, enable_gqa=grouped)
-    reasons, heading = [], ""
-    for message in (str(warning.message).split(" (Triggered", 1)[0] for warning in caught):
-        if "kernel not used because" in message:
-            heading = message
-        elif heading.startswith(title):
-            reasons.append(message)
-    return " ".join(reasons) or "torch refuses it"
-
-
 def explain(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -644,25 +351,9 @@ def explain(
     case = Case(*_case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value), packed))
     if bias is not None:
         mask, causal = _biased(bias, mask, causal, query), False
-    forced = os.environ.get(VARIABLE, "")
-    if _chosen(forced, case).repeat:
+    if route(*case)[1]:
         key, value = _repeated(query, key, value)
-    chosen, passed_over = "", {}
-    for backend in BACKENDS:
-        reason = _refusal(backend, case) or _torch_refusal(backend, query, key, value, mask, causal, dropout)
-        if forced:
-            reason = reason or (f"{VARIABLE}={forced}" if backend.name != forced else "")
-        elif backend.on_request:
-            reason = reason or f"runs only where {VARIABLE} forces it"
-        elif chosen:
-            reason = reason or f"{chosen} is faster"
-        elif backend.heavy and case.size == "small":
-            reason = reason or "takes more host time than it saves with so little work"
-        if reason:
-            passed_over[backend.name] = reason
-        else:
-            chosen = backend.name
-    return Decision(chosen, passed_over)
+    return decide(case, query, key, value, mask, causal, dropout)
 
 
 def explain_packed(
@@ -679,13 +370,3 @@ def explain_packed(
     """The Decision that `packed_attention` takes for the same arguments; print it."""
     padded = _padded(query, key, value, *packings(side_q, side_kv))
     return explain(*padded, kind, True, dropout, scale, scores, _packed_case(side_q, side_kv, kind, scores))
-
-
-def attention_backends() -> dict[str, tuple[bool, str]]:
-    """Each backend's (usable, reason) on this machine, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = {
-        backend.name: _machine_refusal(backend, device) or (_load_failure(backend.module) if backend.module else "")
-        for backend in BACKENDS
-    }
-    return {name: (not reason, reason) for name, reason in reasons.items()}

@@ -10,7 +10,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from overdrive.functional.attention import (
-    Decision,
     Scores,
     autocasted,
     default_slopes,
@@ -19,6 +18,7 @@ from overdrive.functional.attention import (
 )
 from overdrive.functional.attention import explain as explain_attention
 from overdrive.functional.attention import explain_packed as explain_packed_attention
+from overdrive.functional.attention_backends import Decision
 from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask
 from overdrive.functional.packing import NOTHING_SAID, Lengths, padding_masks, sides
 from overdrive.modules.base import warn_of_foreign_state

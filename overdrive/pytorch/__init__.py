@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from overdrive import __version__
-from overdrive.functional.attention import attention_backends
+from overdrive.functional.attention_backends import attention_backends
 from overdrive.modules.attention import DotProductAttention
 from overdrive.modules.graphs import make_graphed_callables
 from overdrive.modules.inference import InferenceParams

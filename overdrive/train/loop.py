@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import overdrive.pytorch as te
-from overdrive.functional.attention import VARIABLE as ATTENTION
+from overdrive.functional.attention_backends import VARIABLE as ATTENTION
 from overdrive.models.language import build
 from overdrive.recipe import Recipe
 from overdrive.train.checkpoint import load, of_another_run, save

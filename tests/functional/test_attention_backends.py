@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
-from overdrive.functional import attention, qkv
-from overdrive.functional.attention import FlashAttention4, attention_backends, split_qkv
+from overdrive.functional import attention_backends as backends
+from overdrive.functional import qkv
+from overdrive.functional.attention import FlashAttention4, split_qkv
+from overdrive.functional.attention_backends import attention_backends
 from overdrive.functional.qkv import QKVLayout, outputs_of, whole_gradient
 from overdrive.modules.attention import DotProductAttention
 from overdrive.modules.layernorm_linear import LayerNormLinear
@@ -333,11 +335,11 @@ def test_as_a_cuda_graph(device):
 @pytest.fixture
 def hopper(monkeypatch):
     """A choice as on a Hopper GPU with flash-attn-4 installed."""
-    monkeypatch.setattr(attention, "_machine_refusal", lambda backend, device: "" if device in backend.devices else "elsewhere")
-    monkeypatch.setattr(attention, "_load_failure", lambda package: "")
-    monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
-    case = attention.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")
-    return lambda **change: attention._chosen.__wrapped__("", case._replace(**change)).names[0]
+    monkeypatch.setattr(backends, "_machine_refusal", lambda backend, device: "" if device in backend.devices else "elsewhere")
+    monkeypatch.setattr(backends, "_load_failure", lambda package: "")
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
+    case = backends.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")
+    return lambda **change: backends._chosen.__wrapped__("", case._replace(**change)).names[0]
 
 
 def test_flash_attn_4_is_chosen_where_it_is_faster(hopper):
@@ -348,13 +350,13 @@ def test_flash_attn_4_is_chosen_where_it_is_faster(hopper):
 
 
 def test_a_backend_that_does_not_load_is_passed_over(hopper, monkeypatch):
-    monkeypatch.setattr(attention, "_load_failure", lambda module: "does not load: OSError: libcute.so")
+    monkeypatch.setattr(backends, "_load_failure", lambda module: "does not load: OSError: libcute.so")
     assert hopper() == "cudnn"
     assert hopper(mask="tensor", packed="bottom-right") == "cudnn"
 
 
 def test_what_does_not_load_says_so():
-    assert attention._load_failure("overdrive.kernels.none").startswith("does not load: ModuleNotFoundError: No module named")
+    assert backends._load_failure("overdrive.kernels.none").startswith("does not load: ModuleNotFoundError: No module named")
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
@@ -383,8 +385,8 @@ def test_flash_varlen_is_chosen_for_packed_sequences(hopper, dim, dtype, grouped
 )
 def test_flash_varlen_is_refused(hopper, change, reason, best):
     change = {"mask": "tensor", "packed": "bottom-right", **change}
-    case = attention.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")._replace(**change)
-    assert attention._refusal(attention._BY_NAME["flash-varlen"], case) == reason
+    case = backends.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")._replace(**change)
+    assert backends._refusal(backends.BY_NAME["flash-varlen"], case) == reason
     assert hopper(**change) == best
 
 
@@ -406,17 +408,17 @@ def test_biases_on_hopper(hopper, change, best):
 
 
 def test_why_efficient_takes_no_bias(hopper):
-    case = attention.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")
-    efficient = attention._BY_NAME["efficient"]
-    assert attention._refusal(efficient, case._replace(bias="gradient alone")) == "gives no gradient for the bias alone"
+    case = backends.Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")
+    efficient = backends.BY_NAME["efficient"]
+    assert backends._refusal(efficient, case._replace(bias="gradient alone")) == "gives no gradient for the bias alone"
     wide = case._replace(bias="constant", wide_bias=True)
-    assert attention._refusal(efficient, wide) == "takes a bias only in the dtype of Q, torch.bfloat16"
+    assert backends._refusal(efficient, wide) == "takes a bias only in the dtype of Q, torch.bfloat16"
 
 
 def test_flex_takes_packed_sequences_only_on_request(hopper):
-    case = attention.Case("cuda", torch.bfloat16, "tensor", "none", 128, 128, False, "large")
+    case = backends.Case("cuda", torch.bfloat16, "tensor", "none", 128, 128, False, "large")
     for packed in ("", "bottom-right", "top-left"):
-        assert attention._chosen.__wrapped__("flex", case._replace(packed=packed)).names == ("flex",)
+        assert backends._chosen.__wrapped__("flex", case._replace(packed=packed)).names == ("flex",)
 
 
 @pytest.mark.gpu

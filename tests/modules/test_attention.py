@@ -7,8 +7,8 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from overdrive.functional import attention
-from overdrive.functional.attention import BACKENDS, Case, _chosen, attention_backends
+from overdrive.functional import attention_backends as backends
+from overdrive.functional.attention_backends import BACKENDS, Case, _chosen, attention_backends
 from overdrive.modules.attention import DotProductAttention
 from tests.modules import attention_oracle as oracle
 from tests.numerics import assert_close, relative_error
@@ -329,8 +329,8 @@ def test_preferences_on_hopper(change, best, monkeypatch):
     def usable(backend, device):
         return "" if device in backend.devices and not backend.package else "elsewhere"
 
-    monkeypatch.setattr(attention, "_machine_refusal", usable)
-    monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "_machine_refusal", usable)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
     case = Case("cuda", torch.bfloat16, "causal", "none", 128, 128, False, "large")._replace(**change)
     assert _chosen.__wrapped__("", case).names[0] == best
     grouped = _chosen.__wrapped__("", case._replace(grouped=True))
@@ -339,9 +339,9 @@ def test_preferences_on_hopper(change, best, monkeypatch):
 
 def test_blackwell_rounds_dropout(monkeypatch):
     monkeypatch.setattr(
-        attention, "_machine_refusal", lambda backend, device: "" if backend.name in ("cudnn", "flash") else "elsewhere"
+        backends, "_machine_refusal", lambda backend, device: "" if backend.name in ("cudnn", "flash") else "elsewhere"
     )
-    monkeypatch.setattr(attention, "_capability", lambda: (10, 0))
+    monkeypatch.setattr(backends, "_capability", lambda: (10, 0))
     case = Case("cuda", torch.bfloat16, "causal", "any", 128, 128, False, "large")
     assert _chosen.__wrapped__("", case).names[0] == "flash"
     assert _chosen.__wrapped__("", case._replace(dropout="sixteenths")).names[0] == "cudnn"

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from overdrive.functional import attention, flash_varlen
+from overdrive.functional import attention_backends as backends
 from overdrive.functional.attention import default_slopes, reference_attention
 from overdrive.functional.flex import flex
 from overdrive.modules.attention import DotProductAttention
@@ -463,10 +464,10 @@ def test_flex_is_the_reference(mask, biased, with_offset, device):
 def test_flex_takes_packed_sequences_as_they_lie(sizes, mask, window, bottom_right, softmax, layout, device, monkeypatch):
     """On the CPU torch's dense form of it, which the table does not offer there, and forward only."""
     seen = []
-    monkeypatch.setitem(attention._BY_NAME, "flex", attention._BY_NAME["flex"]._replace(devices=("cpu", "cuda")))
+    monkeypatch.setitem(backends.BY_NAME, "flex", backends.BY_NAME["flex"]._replace(devices=("cpu", "cuda")))
     monkeypatch.setattr(attention, "flex", lambda query, *rest: (seen.append(query.shape), flex(query, *rest))[1])
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flex")
-    attention._chosen.cache_clear()
+    backends._chosen.cache_clear()
     plain = {name: values[0] for name, values in FEATURES.items()}
     said = {"layout": layout, "mask": mask, "window": window, "bottom_right": bottom_right, "softmax": softmax, "sizes": sizes}
     trial = Trial({**plain, **said, "dims": (16, 16), "dtype": torch.float32}, device)
@@ -476,7 +477,7 @@ def test_flex_takes_packed_sequences_as_they_lie(sizes, mask, window, bottom_rig
         with torch.no_grad():
             out = trial.module(**fixed)(*inputs, **call)
     finally:
-        attention._chosen.cache_clear()
+        backends._chosen.cache_clear()
     assert seen == [(1, HEADS, len(inputs[0]), 16)]
     assert_close(trial.gathered(out, 0), trial.expected()[0].detach(), torch.float32, depth=4)
     assert torch.count_nonzero(out) == torch.count_nonzero(trial.gathered(out, 0))  # zeros between the sequences
@@ -654,14 +655,14 @@ def imitated(device, monkeypatch):
         calls.append((offsets_q.tolist(), offsets_kv.tolist(), most_q, most_kv, window_size))
         return Imitation.apply(*tensors, offsets_q, offsets_kv, most_q, most_kv, scale, window_size)
 
-    backend = attention._BY_NAME["flash-varlen"]._replace(devices=("cpu",), capabilities=())
-    monkeypatch.setitem(attention._BY_NAME, "flash-varlen", backend)
-    monkeypatch.setattr(attention, "BACKENDS", tuple(attention._BY_NAME.values()))
+    backend = backends.BY_NAME["flash-varlen"]._replace(devices=("cpu",), capabilities=())
+    monkeypatch.setitem(backends.BY_NAME, "flash-varlen", backend)
+    monkeypatch.setattr(backends, "BACKENDS", tuple(backends.BY_NAME.values()))
     monkeypatch.setattr(flash_varlen, "varlen_attn", imitation)
     monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-varlen")
-    attention._chosen.cache_clear()
+    backends._chosen.cache_clear()
     yield calls
-    attention._chosen.cache_clear()
+    backends._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("case", VARLEN_CASES, ids=range(len(VARLEN_CASES)))
