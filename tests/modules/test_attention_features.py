@@ -572,6 +572,13 @@ def at_the_end(case: dict) -> bool:
     return bottom_right or queries == keys or ("causal" not in case["mask"] and case["window"] is None)
 
 
+def poison(device: str) -> None:
+    """NaN in the memory that is allocated next."""
+    for _ in range(2):
+        dirty = [torch.full((2**size,), torch.nan, device=device) for size in range(8, 22) for _ in range(8)]
+        del dirty
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("case", VARLEN_CASES, ids=range(len(VARLEN_CASES)))
@@ -579,6 +586,7 @@ def test_pairs_on_varlen(case, forced, device, monkeypatch):
     if forced:
         monkeypatch.setenv("OVERDRIVE_ATTENTION", "flash-varlen")
     torch.manual_seed(0)
+    poison(device)
     if forced and not at_the_end(case):
         with pytest.raises(ValueError, match="has the diagonal of a mask end with the last query and key"):
             Trial(case, device).check()
@@ -829,6 +837,7 @@ def test_varlen_where_no_offsets_can_be_read(how, index, device, monkeypatch):
         with torch.cuda.graph(graph):
             actual = step(module)
         graph.replay()
+    outside = (expected[0] == 0).all(-1)
     for a, b in zip(actual, expected):
         assert_close(a, b.cpu().double(), torch.bfloat16)
-        assert torch.equal(a == 0, b == 0)
+        assert not a[outside].any()
