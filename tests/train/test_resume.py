@@ -83,7 +83,7 @@ def forget_scales(state):
 
 
 def nudge_a_master(state):
-    state["optimizer"]["masters"][0][0, 0] += 1e-4
+    state["optimizer"]["masters"][0] += 1e-4
 
 
 FORGOTTEN = {
