@@ -7,17 +7,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 
+class _Unrecorded:
+    """The ctx of a forward that no backward follows."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        pass
+
+
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply`, without its search for functorch's wrappers among twenty arguments where no transform is active."""
+    """`function.apply`, without its search for functorch's wrappers among twenty arguments where no transform is active.
+
+    Its forward alone where nothing is recorded.
+    """
     quick = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
-        return quick(*args)
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return quick(*args) if recorded else function.forward(_Unrecorded(), *args)
 
     return apply
 

@@ -83,4 +83,6 @@ def bias_dropout_add(
         x = F.dropout(x, p)
         kept = _kept_samples(x, drop_path, samples)
         x, p = x * (kept / (1 - drop_path)).to(x.dtype), 0.0
+    if p == 0 and bias is None and x.dtype == residual.dtype:
+        return residual + x
     return _apply(x, bias, residual, p, dropout_seed(p, x.device))

@@ -153,13 +153,15 @@ def attend_cached(
     scale: float,
 ) -> torch.Tensor:
     """overdrive::attend_cached."""
-    query, new_key, new_value, starts, steps = (dense(x) for x in (query, new_key, new_value, starts, steps))
-    heads, groups, dims = query.shape[2], new_key.shape[2], (query.shape[3], new_value.shape[3])
-    result = query.new_empty((*query.shape[:2], heads * dims[1]))
-    out = result.unflatten(2, (heads, dims[1]))
-    order = (0, 1, 2) if batch_first else (1, 0, 2)
-    q_strides, k_strides, v_strides, o_strides = (tuple(x.stride(i) for i in order) for x in (query, new_key, new_value, out))
-    batch, new = query.shape[order[0]], query.shape[order[1]]
+    query, new_key, new_value, starts, steps = dense(query), dense(new_key), dense(new_value), dense(starts), dense(steps)
+    (batch, new, heads, width), groups = query.shape, new_key.shape[2]
+    dims = width, new_value.shape[3]
+    out = query.new_empty((batch, new, heads, dims[1]))
+    result = out.view(batch, new, heads * dims[1])
+    q_strides, k_strides, v_strides, o_strides = (x.stride()[:3] for x in (query, new_key, new_value, out))
+    if not batch_first:
+        batch, new = new, batch
+        q_strides, k_strides, v_strides, o_strides = ((b, a, c) for a, b, c in (q_strides, k_strides, v_strides, o_strides))
     if not (batch and new):
         return result
     places, device = page_table.shape[1] * page_size, query.get_device()

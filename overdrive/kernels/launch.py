@@ -9,6 +9,7 @@ import triton
 
 # For every kernel: Triton 3.10 turns fusion of multiply and add off by default, and 3.9 warns of that.
 _FUSE = {"enable_fp_fusion": True}
+_TENSOR = torch.Tensor
 _NUMBERS = frozenset((int, float, bool, type(None)))
 MOST_HELD = 4096  # entries of a cache; sizes are part of its keys, so lengths that always change would fill it without end
 
@@ -22,7 +23,7 @@ def _flatten(args: tuple[Any, ...], key: list[Any]) -> tuple[list[Any], int]:
     values, pointers = [], 0
     for arg in args:
         kind = arg.__class__
-        if kind in _NUMBERS:
+        if kind in _NUMBERS or (kind is tuple and _NUMBERS.issuperset(map(type, arg))):  # such as strides
             values.append(arg)
             key.append(arg)
         elif kind is tuple:
@@ -69,7 +70,7 @@ class Launcher:
                 _held.clear()
             _held[tuple(key)] = self.kernel[grid](*args, *tail, *self.constants, **self.options)
             return None
-        values += [x.data_ptr() if x.__class__ is torch.Tensor else x for x in tail]
+        values += [x.data_ptr() if x.__class__ is _TENSOR else x for x in tail]
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:  # a profiler listens
             held[grid](*values, *self.constants)
         else:

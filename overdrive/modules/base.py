@@ -551,7 +551,7 @@ def warn_of_foreign_state(key: str, state: Any) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether torch.autocast is on for a device."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

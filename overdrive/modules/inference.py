@@ -79,10 +79,12 @@ class InferenceParams:
         self.page_size = page_size if is_paged and page_size else max_sequence_length
         self.total_num_pages = total_num_pages if is_paged and total_num_pages else max_batch_size
         pages = -(-max_sequence_length // self.page_size)
-        self._host = torch.zeros(2 + pages, max_batch_size, dtype=torch.int32)  # rows: cached tokens, new tokens, then page numbers
+        width = -(-max_batch_size // 4) * 4  # rows that begin at multiples of 16 bytes
+        self._host = torch.zeros(2 + pages, width, dtype=torch.int32)  # rows: cached tokens, new tokens, then page numbers
         with torch.inference_mode(False):
             self._lengths = torch.zeros_like(self._host, device=self.device)
         self._caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -200,7 +202,7 @@ class InferenceParams:
 
     def start_positions(self, batch: int) -> torch.Tensor:
         """As get_seqlens_pre_step, for a batch that may have rows of padding after its sequences."""
-        return self._lengths[0, :batch]
+        return self._of_batch(batch)[0]
 
     def places(self, batch: int | None) -> Places:
         """Where the new tokens stand, of a batch of so many rows, or, if None, packed."""
@@ -236,10 +238,10 @@ class InferenceParams:
         caches, new_k, new_v = self._begin(layer_number, new_k, new_v, layout)
         batch_first = layout != "sbhd"
         batch, new = new_k.shape[:2] if batch_first else (new_k.shape[1], new_k.shape[0])
-        table = self._table(batch)
+        starts, steps, table = self._of_batch(batch)
         rows = self._planned(
             ("places", batch, new),
-            lambda: places(*self._counts(batch), table, self.page_size, new, self.total_num_pages * self.page_size),
+            lambda: places(starts, steps, table, self.page_size, new, self.total_num_pages * self.page_size),
         )
         for cache, x in zip(caches, (new_k, new_v)):
             append(cache, rows, x, batch_first)
@@ -261,8 +263,7 @@ class InferenceParams:
         packed = self.packing_of(query.shape[0]) if layout == "thd" else None
         query, batch_first = query if packed is None else packed.pad(query), layout != "sbhd"
         batch = query.shape[0 if batch_first else 1]
-        held = (*caches, *self._counts(batch), self._table(batch), self.page_size)
-        out = attend_cached(query, new_k, new_v, *held, batch_first, causal, scale)
+        out = attend_cached(query, new_k, new_v, *caches, *self._of_batch(batch), self.page_size, batch_first, causal, scale)
         return out if packed is None else packed.pack(out)
 
     def new_tokens(self, query: torch.Tensor, layout: str) -> int:
@@ -281,11 +282,14 @@ class InferenceParams:
             new_k, new_v = packed.pad(new_k), packed.pad(new_v)
         return self._caches[layer_number], new_k, new_v
 
-    def _counts(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._lengths[0, :batch], self._lengths[1, :batch]
-
-    def _table(self, batch: int) -> torch.Tensor:
-        return self._lengths[2:, :batch].t()
+    def _of_batch(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(cached tokens i32 [B], new tokens i32 [B], page table i32 [B, pages]): views that show the lengths of every step."""
+        views = None if torch.compiler.is_compiling() else self._views.get(batch)
+        if views is None:
+            views = self._lengths[0, :batch], self._lengths[1, :batch], self._lengths[2:, :batch].t()
+            if not torch.compiler.is_compiling():
+                self._views[batch] = views
+        return views
 
     def begins(self, batch: int, new: int) -> bool:
         """Whether `batch` sequences of `new` tokens each have nothing else: False for what may run with other lengths later."""
@@ -305,7 +309,7 @@ class InferenceParams:
     def mask(self, batch: int, new: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The (mask, dead) of ops.kv_cache.cache_mask for `batch` sequences of `new` tokens."""
         keys = (len(self._host) - 2) * self.page_size
-        return self._planned(("mask", batch, new, causal), lambda: cache_mask(*self._counts(batch), new, keys, causal))
+        return self._planned(("mask", batch, new, causal), lambda: cache_mask(*self._of_batch(batch)[:2], new, keys, causal))
 
     def convert_paged_to_nonpaged(self, layer_number: int, batch: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's (keys, values) as [batch, places, heads, channels], places >= max_sequence_length: copies of a paged cache's
@@ -315,7 +319,7 @@ class InferenceParams:
         key, value = (self._as_pages(cache) for cache in self._caches[layer_number])
         if not self.is_paged:
             return key[:batch], value[:batch]
-        table = self._table(batch)
+        table = self._of_batch(batch)[2]
         return key[table].flatten(1, 2), value[table].flatten(1, 2)
 
     def _check_new(self, layer_number: Any, new_k: torch.Tensor, new_v: torch.Tensor, layout: str) -> None:
@@ -389,7 +393,7 @@ def attend_to_cache(
     _check_type(module, inference_params)
     if layer_number is None:
         raise ValueError(f"{module}: inference_params keeps a cache per layer, and this one has no layer_number; give it one")
-    if kind._replace(padding=False, causal=False, bottom_right=True) != MaskKind():
+    if kind.arbitrary or kind.left >= 0 or kind.right >= 0:
         raise NotImplementedError(f"{module}: inference_params with such a mask is not built yet; use 'causal' or 'no_mask'")
     if attention_mask is not None:
         raise ValueError(f"{module}: attention_mask came, but inference_params knows from pre_step what is padding; leave it out")
@@ -401,7 +405,7 @@ def attend_to_cache(
             f"{module}: query_layer and key_layer must have as many tokens with inference_params, got {query.shape[0]} and "
             f"{key.shape[0]}"
         )
-    if takes_few(inference_params.new_tokens(query, layout), *(x.shape[-2] for x in (query, key))):
+    if takes_few(inference_params.new_tokens(query, layout), query.shape[-2], key.shape[-2]):
         return inference_params.attend_few(layer_number, query, key, value, layout, kind.causal, scale)
     inference_params.step(layer_number, key, value, layout)
     packed = inference_params.packing_of(query.shape[0]) if layout == "thd" else None
