@@ -9,7 +9,7 @@ import triton
 
 # For every kernel: Triton 3.10 turns fusion of multiply and add off by default, and 3.9 warns of that.
 _FUSE = {"enable_fp_fusion": True}
-_TENSOR = torch.Tensor
+_TENSOR, _JIT = torch.Tensor, triton.JITFunction
 _NUMBERS = frozenset((int, float, bool, type(None)))
 MOST_HELD = 4096  # entries of a cache; sizes are part of its keys, so lengths that always change would fill it without end
 
@@ -84,7 +84,7 @@ def launch(
 ) -> None:
     """Launch through the kernel's Launcher, looked up anew: for kernels whose caller keeps no plan."""
     # jit functions hash themselves by their source, in Python
-    key = (id(kernel), warps, *[id(c) if isinstance(c, triton.JITFunction) else c for c in constants])
+    key = (id(kernel), warps, *[id(c) if c.__class__ is _JIT else c for c in constants])
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(kernel, constants, warps)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.fp8 import amax_bits, to_fp8
-from overdrive.kernels.launch import launch
+from overdrive.kernels.launch import MOST_HELD, launch
 from overdrive.kernels.tile import column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
 from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized, padded
 from overdrive.ops.scaling import arena
@@ -169,6 +169,7 @@ def _row_shape(cols: int, elements: int) -> tuple[int, int, int]:
     return height, width, min(max(height * width // elements // 32, 4), 32)
 
 
+@functools.lru_cache(MOST_HELD)
 def _few_rows(rows: int, cols: int, device: torch.device, sm_margin: int) -> _Rows:
     """A program to each tile: nothing is loaded ahead, other programs hide the latency."""
     height, width, warps = _row_shape(cols, 64 if cols > 4096 else 32)
@@ -178,12 +179,13 @@ def _few_rows(rows: int, cols: int, device: torch.device, sm_margin: int) -> _Ro
     return _Rows(height, width, warps, programs, 1)
 
 
-def _walking(rows: int, cols: int, inputs: tuple[torch.Tensor, ...], sm_margin: int) -> _Rows:
-    """Few programs that walk over all rows of `inputs` and load the next ones meanwhile."""
+@functools.lru_cache(MOST_HELD)
+def _walking(rows: int, cols: int, device: torch.device, sm_margin: int, itemsize: int) -> _Rows:
+    """Few programs that walk over all rows and load the next ones meanwhile. itemsize: bytes of an element of all inputs."""
     height, width, warps = _row_shape(cols, 16)
     per_sm = max(_WALKING_WARPS // warps, 1)
-    programs = min(max(_sm_count(inputs[0].device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
-    row_bytes = height * width * sum(x.element_size() for x in inputs)
+    programs = min(max(_sm_count(device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
+    row_bytes = height * width * itemsize
     return _Rows(height, width, warps, programs, max(min(_SHARED_MEMORY // (per_sm * row_bytes), 3), 1))
 
 
@@ -199,7 +201,7 @@ def forward(
     source: Callable[..., Any],
     args: tuple[Any, ...],
     flag: Any,
-    inputs: tuple[torch.Tensor, ...],
+    itemsize: int,
     out: torch.Tensor | None,
     like: torch.Tensor,
     gamma: torch.Tensor,
@@ -210,19 +212,20 @@ def forward(
     sm_margin: int,
     q: Quantization,
 ) -> tuple[Quantized, torch.Tensor, torch.Tensor]:
-    """Norm of the rows of a source of `inputs`, which are `like` or get stored in `out`: (Quantized, mean, rstd).
+    """Norm of the rows of a source, which are `like` or get stored in `out`: (Quantized, mean, rstd).
 
-    flag: of the source, true if it has dropout.
+    flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads.
     """
     rows, cols = like.shape
-    mean, rstd = (like.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    mean, rstd = like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, dtype=torch.float32)
     fp8 = q.mode == Mode.DELAYED and q.row and not q.col
     written = new_quantized(like, rows, cols, q) if fp8 or q.mode == Mode.PLAIN else None
     y = None if written is None else written.data
     stored_rows, recording = padded(rows) if fp8 else rows, fp8 and q.tenant >= 0 and rows > 0
     amax = new_amax(like) if q.mode == Mode.CURRENT else arena(like.device).amax_bits if recording else None
     walks = _walks(cols, bool(flag), out is not None and y is None, amax is not None, fp8)
-    shape = _walking(stored_rows, cols, inputs, sm_margin) if walks else _few_rows(stored_rows, cols, like.device, sm_margin)
+    case = (stored_rows, cols, like.device, sm_margin)
+    shape = _walking(*case, itemsize) if walks else _few_rows(*case)
     if rows or fp8:
         delayed = (written.scale_inv, q.scales, q.slots) if written is not None and fp8 else (None, None, None)
         launch(
@@ -252,7 +255,7 @@ def norm(
     x, gamma, beta = dense(x), dense(gamma), None if beta is None else dense(beta)
     args = (x, x.stride(0))
     out, mean, rstd = forward(
-        load_source, args, None, (x,), None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+        load_source, args, None, x.itemsize, None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
     )
     return (*out, mean, rstd)
 
@@ -274,7 +277,8 @@ def norm_backward(
     rows, cols = x.shape
     dx, dgamma = x.new_empty(x.shape), gamma.new_empty(cols)
     dbeta = None if rms else gamma.new_empty(cols)
-    shape = _walking(rows, cols, (dy, x) if dresidual is None else (dy, x, dresidual), sm_margin)
+    itemsize = dy.itemsize + x.itemsize + (0 if dresidual is None else dresidual.itemsize)
+    shape = _walking(rows, cols, x.device, sm_margin, itemsize)
     partial = x.new_empty((1 if rms else 2, shape.programs, cols), dtype=torch.float32)
     args = (dy, dy.stride(0), x, x.stride(0), dresidual, 0 if dresidual is None else dresidual.stride(0))
     launch(

@@ -98,9 +98,9 @@ def residual_norm(x, bias, residual, p, seed, gamma, beta, eps, zero_centered, r
     """overdrive::residual_norm."""
     out = residual.new_empty(residual.shape)
     x, residual = dense(x), dense(residual)
-    args = _residual_args(x, bias, residual, p, seed)
+    args, itemsize = _residual_args(x, bias, residual, p, seed), x.itemsize + residual.itemsize
     gamma, beta = dense(gamma), None if beta is None else dense(beta)
     quantized, mean, rstd = forward(
-        _residual_source, args, p > 0, (x, residual), out, out, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+        _residual_source, args, p > 0, itemsize, out, out, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
     )
     return (out, *quantized, mean, rstd)

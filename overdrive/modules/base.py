@@ -37,11 +37,8 @@ class LinearNames:
         self.weights = tuple(f"{part}weight" for part in parts)
         self.biases = tuple(f"{part}bias" for part in parts) if bias else ()
         self.sizes = tuple(sizes.values()) if sizes else (rows,)
-
-    @property
-    def split(self) -> bool:
+        self.split = self.weights[0] != self.fused[0]
         """Whether the parameters are the parts of parameters_split, not the weight and bias themselves."""
-        return self.weights[0] != self.fused[0]
 
 
 class Module(nn.Module):
@@ -265,20 +262,25 @@ class Module(nn.Module):
         """Whether a weight is made of several parameters."""
         return any(linear.split for linear in self._linears)
 
-    def _parameters_of(self, index: int, with_bias: bool = True, dtype: torch.dtype | None = None) -> Parameters:
+    def _weights_of(self, index: int) -> tuple[nn.Parameter, ...]:
+        """The parameters that make up the weight of GEMM number `index`."""
+        return tuple([getattr(self, name) for name in self._linears[index].weights])
+
+    def _parameters_of(self, index: int, weights: tuple[nn.Parameter, ...], with_bias: bool, dtype: torch.dtype) -> Parameters:
+        """`weights`, from _weights_of, and their biases, in `dtype`."""
         linear = self._linears[index]
         if linear.split and not torch.compiler.is_compiling():
             self._fuse()
         held = index in self._quantized  # the weight comes from _cached_weight
-        weights = tuple(None if held else getattr(self, name) for name in linear.weights)
-        biases = tuple(getattr(self, name) for name in linear.biases) if with_bias else ()
+        read: tuple[torch.Tensor | None, ...] = (None,) * len(weights) if held else weights
+        biases = tuple([getattr(self, name) for name in linear.biases]) if with_bias else ()
         fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split and not held else None
         fused_bias = self._whole(linear.fused[1], linear.biases) if linear.split and biases else None
-        if dtype is not None and getattr(self, linear.weights[0]).dtype != dtype:
+        if weights[0].dtype != dtype:
             # torch.autocast: autograd casts the gradients back
-            weights, biases = tuple(None if w is None else w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
+            read, biases = tuple(None if w is None else w.to(dtype) for w in read), tuple(b.to(dtype) for b in biases)
             fused_weight, fused_bias = (None if t is None else t.to(dtype) for t in (fused_weight, fused_bias))
-        return Parameters(weights, biases, fused_weight, fused_bias)
+        return Parameters(read, biases, fused_weight, fused_bias)
 
     def _whole_bias(self, index: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The bias as one tensor that gradients flow through, None without bias."""
@@ -485,27 +487,28 @@ class Module(nn.Module):
     def _scales(self, context: Context) -> Scales:
         if context.snapshots is None or self._slot_range is None:
             return Scales()
-        return Scales(context.snapshot_on(with_index(self._device), self._slot_range), self._slots)
+        slots = self._slots
+        return Scales(context.snapshot_on(with_index(slots.device), self._slot_range), slots)
 
     def _gemm_options(
         self,
         index: int,
         rules: Rules | None,
         dtype: torch.dtype,
-        parameters: Parameters,
+        weights: tuple[nn.Parameter, ...],
+        biases: tuple[torch.Tensor, ...],
         input_grad: bool,
         training: bool,
         first: bool | None,
     ) -> GemmOptions:
-        """Options of GEMM number `index`. input_grad: whether a gradient must leave it through its input."""
-        weights = tuple(getattr(self, name) for name in self._linears[index].weights)  # not torch.autocast's copies
+        """Options of GEMM number `index`. weights: from _weights_of. input_grad: whether a gradient must leave by its input."""
         weight_grad = training and any(weight.requires_grad for weight in weights)
         if weight_grad and index in self._quantized:
             raise NotImplementedError(
                 f"{self._label}: training with FP8 primary weights (quantized_model_init) is not built yet; freeze them with "
                 "requires_grad_(False), run under torch.no_grad(), or build the layer outside of quantized_model_init"
             )
-        bias_grad = training and any(bias.requires_grad for bias in parameters.biases)
+        bias_grad = training and any(bias.requires_grad for bias in biases)
         at = None if rules is None else rules.at(index) if index else rules
         options = GemmOptions(at, dtype, input_grad and training, weight_grad, bias_grad, self._linears[index].sizes)
         return self._weight_grads.attach(options, weights, first) if weight_grad else options
@@ -554,8 +557,9 @@ def autocasts(device: torch.device) -> bool:
     return torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """torch.autocast off where it is on: the layers have cast their inputs, what happens inside is not its business."""
-    if autocasts(device):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else _AS_IT_IS

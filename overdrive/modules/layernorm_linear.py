@@ -150,16 +150,17 @@ class LayerNormLinear(Module):
         return self._forward(inp, is_first_microbatch, residual, layout)
 
     def _forward(self, inp: torch.Tensor, is_first_microbatch: bool | None, residual: bool, qkv: QKVLayout | None = None) -> Any:
-        dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
+        weights = self._weights_of(0)
+        dtype = self._check_input(inp, self.in_features, weights[0], "in_features")
         context, training = current_context()
         with without_autocast(inp.device):
-            parameters = self._parameters_of(0, not self.return_bias, dtype)
+            parameters = self._parameters_of(0, weights, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             gamma, beta = self.layer_norm_weight, self.layer_norm_bias
             rules = self._rules(context, training, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
             input_grad = inp.requires_grad or gamma.requires_grad or (beta is not None and beta.requires_grad)
-            gemm = self._gemm_options(0, rules, dtype, parameters, input_grad, training, is_first_microbatch)
+            gemm = self._gemm_options(0, rules, dtype, weights, parameters.biases, input_grad, training, is_first_microbatch)
             parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
             options = LayerNormLinearOptions(self._norm, gemm, self.return_layernorm_output, residual, qkv)
             out, *rest = layernorm_linear(inp, gamma, beta, parameters, scales, options)

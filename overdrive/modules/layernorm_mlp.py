@@ -164,7 +164,9 @@ class LayerNormMLP(Module):
     def _forward(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool, dtype: torch.dtype) -> Any:
         context, training = current_context()
         with without_autocast(inp.device):
-            fc1, fc2 = self._parameters_of(0, True, dtype), self._parameters_of(1, not self.return_bias, dtype)
+            weights1, weights2 = self._weights_of(0), self._weights_of(1)
+            fc1 = self._parameters_of(0, weights1, True, dtype)
+            fc2 = self._parameters_of(1, weights2, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             if front is not None and front.residual.dtype != dtype:
                 front.residual = front.residual.to(dtype)
@@ -173,9 +175,9 @@ class LayerNormMLP(Module):
             scales = self._scales(context)
             leaves = (inp, gamma, beta, *(() if front is None else (front.residual, front.bias)))
             into_norm = any(leaf is not None and leaf.requires_grad for leaf in leaves)
-            options1 = self._gemm_options(0, rules, dtype, fc1, into_norm, training, first)
+            options1 = self._gemm_options(0, rules, dtype, weights1, fc1.biases, into_norm, training, first)
             into_fc1 = options1.input_grad or options1.weight_grad or options1.bias_grad
-            options2 = self._gemm_options(1, rules, dtype, fc2, into_fc1, training, first)
+            options2 = self._gemm_options(1, rules, dtype, weights2, fc2.biases, into_fc1, training, first)
             fc1.cached = self._cached_weight(0, fc1, options1, scales, first)
             fc2.cached = self._cached_weight(1, fc2, options2, scales, first)
             options = LayerNormMLPOptions(

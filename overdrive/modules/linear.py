@@ -110,14 +110,15 @@ class Linear(Module):
         dtype.
         """
         refuse(self._label, {"fp8_grad": (fp8_grad, False)}, "gradients between layers stay in high precision")
-        dtype = self._check_input(inp, self.in_features, getattr(self, self._linears[0].weights[0]), "in_features")
+        weights = self._weights_of(0)
+        dtype = self._check_input(inp, self.in_features, weights[0], "in_features")
         context, training = current_context()
         with without_autocast(inp.device):
-            parameters = self._parameters_of(0, not self.return_bias, dtype)
+            parameters = self._parameters_of(0, weights, not self.return_bias, dtype)
             inp = inp if inp.dtype == dtype else inp.to(dtype)
             rules = self._rules(context, training, inp.numel() // self.in_features, self.in_features, self.out_features)
             scales = self._scales(context)
-            gemm = self._gemm_options(0, rules, dtype, parameters, inp.requires_grad, training, is_first_microbatch)
+            gemm = self._gemm_options(0, rules, dtype, weights, parameters.biases, inp.requires_grad, training, is_first_microbatch)
             parameters.cached = self._cached_weight(0, parameters, gemm, scales, is_first_microbatch)
             out = linear(inp, parameters, scales, LinearOptions(gemm, training, self.save_original_input, fp8_output))
         return (out, self._whole_bias(0, dtype)) if self.return_bias else out

@@ -152,6 +152,8 @@ class MultiheadAttention(torch.nn.Module):
         self.qkv_weight_interleaved = qkv_weight_interleaved  # split parameters lie as [Q; K; V] whatever it says
         one_of(self._label, "normalization", normalization, NORMALIZATIONS)
 
+        sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
+        self._layouts = {interleaved: QKVLayout(*sizes, interleaved) for interleaved in (False, True)}
         query_size, kv_size = (n * self.hidden_size_per_attention_head for n in (num_attention_heads, self.num_gqa_groups))
         common: dict[str, Any] = {
             "fuse_wgrad_accumulation": fuse_wgrad_accumulation,
@@ -345,8 +347,7 @@ class MultiheadAttention(torch.nn.Module):
     def _project_self(self, hidden: torch.Tensor, call: Call, keep_residual: bool) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """((Q, K, V), the norm's output if it is to be returned, hidden for the residual branch)."""
         module: Any = getattr(self, self._query_projection)
-        sizes = (self.num_attention_heads, self.num_gqa_groups, self.hidden_size_per_attention_head)
-        layout = QKVLayout(*sizes, self.qkv_weight_interleaved and not module.has_split_parameters)
+        layout = self._layouts[self.qkv_weight_interleaved and not module.has_split_parameters]
         residual, norm_out = hidden, []
         if watched(module, "forward_qkv"):
             qkv = module(hidden, is_first_microbatch=call.first)

@@ -34,7 +34,7 @@ def _gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation
 
 
 def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
-    if a.shape[0] == 0 or b.shape[0] == 0 or a.shape[1] == 0:  # cuBLAS leaves the output of an empty product unwritten
+    if a.numel() == 0 or b.numel() == 0:  # cuBLAS leaves the output of an empty product unwritten
         out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
         return out if bias is None else out + bias
     if mode_a == Mode.PLAIN:

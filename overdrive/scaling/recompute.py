@@ -83,10 +83,10 @@ def _recording(carrier: Any) -> Recording:
 
 
 def current() -> Running:
-    """What the caller is part of; quick outside of checkpoints."""
+    """What the caller is part of; quick outside of checkpoints, and in inference mode, whose results no backward needs again."""
     task = torch._C._current_graph_task_id()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    if task == -1 and hooks is None and torch.is_grad_enabled():
+    if task == -1 and hooks is None and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
         return OUTSIDE
     first: list[Recording] = []
     for carrier, repeated in _carriers(hooks):
