@@ -356,6 +356,9 @@ class InferenceParams:
                 f"{_NAME}: pre_step was told of a sequence with {self._largest_step} new tokens, the batch has {new} for each"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_views": {}}  # a copy has lengths of its own
+
     def __repr__(self) -> str:
         return (
             f"{_NAME}(max_batch_size={self.max_batch_size}, max_sequence_length={self.max_sequence_length}, "

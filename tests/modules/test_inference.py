@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -233,6 +235,17 @@ def test_memory_is_allocated_once_and_outlives_inference_mode(device):
     params.pre_step({0: 1})
     again, _, _ = params.step(1, k, v, "bshd")
     assert first.data_ptr() == again.data_ptr()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda params: pickle.loads(pickle.dumps(params))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_lengths_of_its_own(device, copied):
+    params = cache(device)
+    params.pre_step({"a": 3})
+    assert params.get_seqlens_pre_step().tolist() == [0]
+    other = copied(params)
+    other.pre_step({"a": 1})
+    assert other.get_seqlens_pre_step().tolist() == [3]
+    assert params.get_seqlens_pre_step().tolist() == [0]
 
 
 def test_pages_are_shared_and_come_back(device):
