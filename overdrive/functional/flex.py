@@ -15,12 +15,15 @@ MOST_VARIANTS = 256
 
 @functools.cache
 def _compiled() -> Any:
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import flex_attention  # its import takes a while
 
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def run(*args: Any, **options: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=8 * MOST_VARIANTS):
+        limits = dynamo.patch(recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=8 * MOST_VARIANTS)
+        with limits, functorch.patch(donated_buffer=False):  # a backward that may come twice
             # its other kernel, for few queries, refuses some masks
             return compiled(*args, **options, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
 

@@ -471,7 +471,7 @@ class Module(nn.Module):
                 f"high precision. Round its sizes up to multiples of {PAD} to run it in FP8."
             )
             return None
-        if tokens % PAD and rules.quantizes:
+        if training and tokens % PAD and rules.quantizes:  # decoding has few tokens by nature
             self._warn_once(
                 f"FP8 GEMMs need token counts divisible by {PAD}, this layer got {tokens}: it runs padded to "
                 f"{-(-tokens // PAD) * PAD}. Use a batch x sequence divisible by {PAD} to avoid the extra work."

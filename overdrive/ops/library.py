@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -36,15 +35,11 @@ class Kernel:
         return (self.function or self.load())(*args)
 
 
-@functools.cache
-def _nothing(device: torch.device) -> torch.Tensor:
-    """The empty tensor that stands for every output nobody asked for; an ordinary one, which autograd can save."""
-    with torch.inference_mode(False):
-        return torch.empty(0, device=device)
-
-
 def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with an empty tensor for every None that it returns: outputs as a schema can have them."""
+    """`function` with an empty tensor for every None that it returns: outputs as a schema can have them.
+
+    Each is its caller's own: autograd would take a shared one for an output of the node that returned it last.
+    """
 
     def filled(*args: Any) -> Any:
         outputs = function(*args)
@@ -71,8 +66,8 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _filled(reference), "CPU")
-    implementation = Kernel(kernel)
-    _LIBRARY.impl(name, _filled(implementation), "CUDA")
+    implementation = _filled(Kernel(kernel))
+    _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
@@ -86,7 +81,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _direct(overload: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
+def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
 
     def op(*args: Any) -> Any:
@@ -99,11 +94,7 @@ def _direct(overload: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
             or (args[0].requires_grad and torch.is_grad_enabled())
         ):
             return overload(*args)
-        outputs = (kernel.function or kernel.load())(*args)
-        if not isinstance(outputs, tuple):
-            return outputs
-        nothing = _nothing(args[0].device)
-        return tuple([nothing if x is None else x for x in outputs])
+        return kernel(*args)
 
     return op
 
