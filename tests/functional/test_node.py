@@ -5,7 +5,6 @@ import torch
 from torch.autograd import forward_ad
 
 import overdrive.pytorch as te
-from overdrive.ops.library import _nothing
 from tests.numerics import assert_same_bits
 
 
@@ -27,12 +26,3 @@ def test_forward_mode_derivatives_are_refused_where_gradients_are_off(device):
     layer, x = te.LayerNorm(16, device=device), torch.randn(4, 16, device=device)
     with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
         layer(forward_ad.make_dual(x, torch.ones_like(x)))
-
-
-def test_the_empty_output_can_be_saved_for_backward(device):
-    """Although the first op to give it may run in inference mode."""
-    _nothing.cache_clear()
-    with torch.inference_mode():
-        nothing = _nothing(torch.device(device))
-    assert nothing.numel() == 0
-    assert not nothing.is_inference()
