@@ -262,7 +262,7 @@ class Trial:
         expected, most, exact = self.expected()
         if self.case["bias"] == "frozen bias":
             exact = [*exact[:3], *exact[4:]]
-        depth = 4
+        depth = 4 if self.device == "cpu" else 8  # kernels with biases recompute the scores in backward
         assert_close(self.gathered(out, 0), expected, dtype, what="out", depth=depth)
         if self.packed:
             assert torch.count_nonzero(out) == torch.count_nonzero(self.gathered(out, 0))  # zeros between the sequences
