@@ -31,7 +31,7 @@ class Block:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
 """
-OPTIONAL = ("triton", "numpy", "typer", "rich", "matplotlib", "flash_attn", "transformer_engine")
+OPTIONAL = ("triton", "numpy", "typer", "rich", "matplotlib", "flash_attn", "quack", "transformer_engine")
 
 
 @pytest.mark.parametrize("recipe", ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"])

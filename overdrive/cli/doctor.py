@@ -13,20 +13,21 @@ import torch
 
 import overdrive.pytorch as te
 from overdrive.cli.recipes import RECIPES
-from overdrive.scaling.support import usable
+from overdrive.scaling.support import is_gemm_epilogue_available, usable
 
 # Variables that change what runs, and so belong in a bug report where they are set.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_LOGS", "TRITON_INTERPRET")
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices, environment, recipes and attention backends, in values that JSON can hold."""
+    """Versions, devices, environment, recipes, attention backends and optional kernels, in values that JSON can hold."""
     return {
         "versions": versions(),
         "devices": devices(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "recipes": {name.value: answer(*usable(recipe)) for name, recipe in RECIPES.items()},
         "attention backends": {name: answer(*found) for name, found in te.attention_backends().items()},
+        "optional kernels": {"GELU in the MLP's GEMMs": answer(*is_gemm_epilogue_available())},
     }
 
 
@@ -45,6 +46,8 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "flash-attn-4": installed("flash-attn-4"),
+        "quack-kernels": installed("quack-kernels"),
+        "nvidia-cutlass-dsl": installed("nvidia-cutlass-dsl"),
         "CUDA (torch's)": torch.version.cuda or "none",
         "cuDNN": str(cudnn or "none"),
         "driver": driver(),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from overdrive.functional.gemm import GemmOptions, calibrated, quantizing, releases
+from overdrive.functional.gemm import GemmOptions, calibrated, column_sum, quantizing, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
+from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward
 from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand
 
@@ -52,3 +53,22 @@ def activation_gradient(
         shape, layouts = (h.shape[0], h.shape[1]), (gemm.input_grad, gemm.weight_grad)
         dh, (dbias,) = produce(activation_backward, arguments, quantizer, scales, shape, h.dtype, *layouts)
     return dh, dbias if gemm.bias_grad else None
+
+
+def activation_product(
+    x: Operand, weight: Operand, bias: torch.Tensor | None, options: ActivationOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, activation of h) of h = x weight^T + bias in high precision, by one kernel."""
+    return gemm_activation(x, weight, bias, options.name)
+
+
+def activation_product_gradient(
+    dy: Operand, weight: Operand, h: torch.Tensor, options: ActivationOptions, gemm: GemmOptions
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(gradient of h, bias gradient of `gemm`, which made h, activation of h) of dy, the gradient of activation(h) weight^T.
+
+    The activation, which forward did not keep, takes the place of h where that is not needed any more.
+    """
+    out = h if releases() else torch.empty_like(h)
+    dh = gemm_activation_backward(out, dy, weight, h, options.name)
+    return dh, column_sum(dh) if gemm.bias_grad else None, out

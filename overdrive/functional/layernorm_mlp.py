@@ -1,5 +1,7 @@
 """LayerNormMLP: norm, fc1, activation, fc2 in one autograd node, with the residual add before it if wanted.
 
+Where `_fuses_activation` says so, the activation is made by fc1's product and its gradient by fc2's (ops.gemm_activation).
+
 Shapes: x [T, K] tokens by hidden, h [T, F or 2F] before the activation, a [T, F] after it, y [T, K].
 """
 
@@ -10,7 +12,13 @@ from typing import Any, cast
 
 import torch
 
-from overdrive.functional.activation import ActivationOptions, activate, activation_gradient
+from overdrive.functional.activation import (
+    ActivationOptions,
+    activate,
+    activation_gradient,
+    activation_product,
+    activation_product_gradient,
+)
 from overdrive.functional.gemm import (
     GemmOptions,
     for_backward,
@@ -27,7 +35,8 @@ from overdrive.functional.node import applied, first_order
 from overdrive.functional.norm import NormOptions, norm_gradient, normalize, residual_normalize
 from overdrive.functional.residual import branch_gradient
 from overdrive.scaling.quantizers import Scales
-from overdrive.scaling.tensor import pack, unpack
+from overdrive.scaling.support import is_gemm_epilogue_available
+from overdrive.scaling.tensor import Operand, QuantizedTensor, pack, unpack
 
 
 @dataclass
@@ -58,6 +67,31 @@ class LayerNormMLPOptions:
     residual_bias_grad: bool = False
 
 
+FUSED_MULTIPLICATIONS = 2**36
+"""Of fc1's product: below, cuBLAS and a kernel for the activation take no longer, and the host less."""
+
+
+def _fuses_activation(x: Operand, weight1: Operand, weight2: Operand, options: LayerNormMLPOptions) -> bool:
+    """Whether the activation runs in the epilogues of fc1's product and, in backward, of fc2's input gradient.
+
+    Measured on an H200, bf16, 8192 tokens, 4096 -> 16384: 1416 us instead of 1558, in backward 1464 instead of 1637.
+    """
+    if isinstance(x, QuantizedTensor) or isinstance(weight1, QuantizedTensor) or isinstance(weight2, QuantizedTensor):
+        return False
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.dtype == weight1.dtype == weight2.dtype == options.fc1.dtype
+        and options.fc1.rules is None
+        and options.fc2.rules is None
+        and options.fc2.input_grad  # a backward comes, and goes beyond fc2
+        and options.activation.name == "gelu"
+        and not (weight1.shape[0] % 8 or weight1.shape[1] % 8 or weight2.shape[0] % 8)
+        and x.shape[0] * weight1.numel() >= FUSED_MULTIPLICATIONS
+        and is_gemm_epilogue_available()[0]
+    )
+
+
 class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, residual, residual_bias, seed, gamma, beta, snapshot, slots, options, *parameters):
@@ -76,14 +110,18 @@ class _LayerNormMLP(torch.autograd.Function):
         if options.return_norm:
             norm_op = input_operand(norm_op, fc1, scales)
         w1_op = weight_operand(weight1, fc1, scales, cached1)
-        h = forward_product(norm_op, w1_op, bias1, fc1)
-        a_op = activate(h, options.activation, fc2, scales)
         w2_op = weight_operand(weight2, fc2, scales, cached2)
+        ctx.fused = _fuses_activation(norm_op, w1_op, w2_op, options)
+        if ctx.fused:
+            h, a_op = activation_product(norm_op, w1_op, bias1, options.activation)
+        else:
+            h = forward_product(norm_op, w1_op, bias1, fc1)
+            a_op = activate(h, options.activation, fc2, scales)
         y_TK = forward_product(a_op, w2_op, bias2, fc2)
         kept = (
             for_backward(norm_op) if fc1.weight_grad else None,
             for_backward(w1_op) if fc1.input_grad else None,
-            for_backward(a_op) if fc2.weight_grad else None,
+            for_backward(a_op) if fc2.weight_grad and not ctx.fused else None,
             for_backward(w2_op) if fc2.input_grad else None,
         )
         tensors, ctx.layout = pack(kept)
@@ -105,19 +143,24 @@ class _LayerNormMLP(torch.autograd.Function):
         options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
         norm_op, w1_op, a_op, w2_op = unpack(tensors, ctx.layout)
         dy_op, dbias2 = grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), fc2, scales)
+        dh_op, dbias1, in_place = None, None, False
+        if ctx.fused:
+            dh_op, dbias1, a_op = activation_product_gradient(dy_op, w2_op, h, options.activation, fc1)
         count2 = ctx.count - options.fc1_arguments
         dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2), dbias2, fc2)
         if not fc2.input_grad:
             return (None,) * (9 + options.fc1_arguments) + dfc2
         if fc2.sink is None:
             release(a_op)
-        da = input_gradient(dy_op, w2_op, fc2)
-        del dy_op
-        release(w2_op if fc2.quantizes and not ctx.cached2 else None)
-        dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
-        del da
-        in_place = dh_op is h
-        release(None if in_place else h)
+        del a_op
+        if dh_op is None:
+            da = input_gradient(dy_op, w2_op, fc2)
+            del dy_op
+            release(w2_op if fc2.quantizes and not ctx.cached2 else None)
+            dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
+            del da
+            in_place = dh_op is h
+            release(None if in_place else h)
         dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
         if not fc1.input_grad:
             return (None,) * 9 + dfc1 + dfc2

@@ -71,6 +71,11 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]
 }
 
 
+def value_and_slope(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(act(x), act'(x)) of an activation that does not gate, in x's dtype."""
+    return _FUNCTIONS[ACTIVATIONS[name].function](x)
+
+
 def _gate(x: torch.Tensor, function: str, limit: float, alpha: float) -> tuple[torch.Tensor, ...]:
     """(act(a), act'(a), b, db/db_in) of x = [a; b]."""
     a, b = x.chunk(2, dim=1)

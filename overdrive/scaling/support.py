@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
+from overdrive.ops.activation import value_and_slope
+from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward
 from overdrive.ops.library import constant_result
 from overdrive.recipe import Recipe
 
@@ -51,6 +54,64 @@ def is_bf16_available() -> tuple[bool, str]:
     if capability is not None and capability < (8, 0):
         return False, f"bfloat16 needs compute capability 8.0 (Ampere) or newer, this GPU has {capability[0]}.{capability[1]}"
     return True, ""
+
+
+@functools.cache
+def _epilogue_failure() -> str:
+    """Why GEMMs with an activation in their epilogue do not run here, or "": compiles them, runs them and looks at the numbers."""
+    capability = _capability()
+    if capability is None:
+        return "needs a CUDA GPU, torch sees none"
+    if capability[0] != 9:
+        return f"needs compute capability 9.x, this GPU has {capability[0]}.{capability[1]}"
+    try:
+        with torch.no_grad(), _disable_current_modes():
+            return _epilogue_error("cuda")
+    except ModuleNotFoundError as error:
+        if error.name == "quack":
+            return "quack-kernels is not installed: pip install 'overdrive[fa4]'"
+        return f"does not load: {error}"
+    except Exception as error:  # whatever a compiler package may raise where its libraries do not fit
+        return f"does not run: {type(error).__name__}: {error}"
+
+
+def _epilogue_error(device: str) -> str:
+    """What is wrong with the numbers of both ops on a few tiles, the last of which are not whole, or ""."""
+    tokens, inputs, outputs = 264, 128, 200
+    # nothing drawn: the generator is the caller's
+    x, weight = (
+        torch.arange(rows * inputs, device=device, dtype=torch.float32).mul(3).sin().view(rows, inputs).bfloat16()
+        for rows in (tokens, outputs)
+    )
+    x = x / 32
+    bias = torch.linspace(-2, 2, outputs, device=device, dtype=torch.bfloat16)
+    pre, out = gemm_activation(x, weight, bias, "gelu")
+    again = pre.clone()
+    dpre = gemm_activation_backward(again, x, weight.t().contiguous(), again, "gelu")
+    product = x.float() @ weight.float().t()
+    value, slope = value_and_slope("gelu", product + bias.float())
+    for name, found, expected in (
+        ("product", pre, product + bias.float()),
+        ("activation", out, value),
+        ("activation in backward", again, value),
+        ("gradient", dpre, product * slope),
+    ):
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        if not error < 0.02:
+            return f"gives wrong numbers: relative error {error:.2g} of the {name}"
+    return ""
+
+
+@constant_result
+def is_gemm_epilogue_available() -> tuple[bool, str]:
+    """(usable, reason): GEMMs of quack-kernels with an activation in their epilogue. The first call on a Hopper GPU compiles them,
+    which takes seconds. Inside the capture of a CUDA graph that cannot be done: a graph captured without a warm-up goes without.
+    """
+    asked = _epilogue_failure.cache_info().currsize
+    if not asked and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False, "nothing can be compiled while a CUDA graph is captured"
+    reason = _epilogue_failure()
+    return not reason, reason
 
 
 def usable(recipe: Recipe) -> tuple[bool, str]:

@@ -29,7 +29,7 @@ def test_json_holds_versions_devices_and_every_answer():
     assert set(found["attention backends"]) == set(te.attention_backends())
 
 
-@pytest.mark.parametrize("section", ["recipes", "attention backends"])
+@pytest.mark.parametrize("section", ["recipes", "attention backends", "optional kernels"])
 def test_whatever_is_not_usable_has_a_reason(section):
     for name, answer in json.loads(said("--json"))[section].items():
         assert answer["usable"] or answer["reason"], name
@@ -38,7 +38,7 @@ def test_whatever_is_not_usable_has_a_reason(section):
 def test_markdown_says_the_same():
     text = said()
     assert text.startswith("# overdrive doctor\n")
-    for heading in ("Versions", "Devices", "Recipes", "Attention backends"):
+    for heading in ("Versions", "Devices", "Recipes", "Attention backends", "Optional kernels"):
         assert f"\n## {heading}\n" in text
     for name, recipe in RECIPES.items():
         assert f"\n- {name.value}: {'yes' if usable(recipe)[0] else 'no'}" in text

@@ -9,6 +9,7 @@ from overdrive.ops import (  # noqa: F401  (define the ops)
     activation,
     attention,
     gemm,
+    gemm_activation,
     kv_cache,
     norm,
     norm_gemm,
@@ -22,6 +23,7 @@ from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
 from overdrive.scaling.arena import SlotRange
+from overdrive.scaling.support import is_gemm_epilogue_available
 from tests.numerics import E4M3, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized, tail
 
@@ -117,6 +119,11 @@ OTHERS = {
         lambda: (*fp8_operands(Mode.CURRENT, Mode.CURRENT), None, torch.float32, Mode.CURRENT, Mode.CURRENT, True),
         lambda: (*fp8_operands(Mode.BLOCK_1D, Mode.BLOCK_2D), None, torch.bfloat16, Mode.BLOCK_1D, Mode.BLOCK_2D, False),
     ],
+    "gemm_activation": [lambda: (x(), x()[:16], None, "gelu"), lambda: (x(), x(kind="transposed")[:8], GAMMA[:8], "gelu")],
+    "gemm_activation_backward": [
+        lambda: (x(), x(16), x()[:16], x(), "gelu"),
+        lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu"),
+    ],
     "attention_forward": [
         lambda: (*heads(4, 2, 2), True, 0.1),
         lambda: (*(part.transpose(0, 2) for part in heads(4, 4, 4)), False, 0.1),
@@ -160,6 +167,8 @@ def tails(device: str) -> list[Quantization]:
 def check(name: str, arguments: tuple, device: str) -> None:
     if device == "cuda" and name.startswith("attention_"):
         pytest.importorskip("flash_attn.cute", reason="its kernels are those of flash-attn-4")
+    if device == "cuda" and name.startswith("gemm_activation") and not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
     arguments = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in arguments)
     fp8 = any(isinstance(arg, torch.Tensor) and arg.dtype == E4M3 for arg in arguments)
     tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]

@@ -1,0 +1,316 @@
+"""LayerNormMLP with its activation in the epilogues of its products, and when it is there."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+import overdrive.pytorch as te
+from overdrive.functional import activation as stage
+from overdrive.functional import layernorm_mlp as node
+from overdrive.scaling.support import is_gemm_epilogue_available
+from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step, tuple_of
+from tests.numerics import RECIPES, TOLERANCES, assert_same_bits, relative_error
+
+HALVES = (torch.float16, torch.bfloat16)
+BF16 = torch.bfloat16
+
+
+def may_fuse(x, weight1, weight2, options) -> bool:
+    """What the choice is on any device, for products of any size and, on a CPU, where the references take odd sizes."""
+    return options.fc2.input_grad and options.fc1.rules is None and options.activation.name == "gelu"
+
+
+@pytest.fixture
+def used(monkeypatch, device):
+    """Fuses wherever a product's size alone speaks against it; a list with one name for each use of an op."""
+    if device == "cuda" and not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
+    uses = []
+
+    def counting(name):
+        op = getattr(stage, name)
+
+        def counted(*arguments):
+            uses.append(name)
+            return op(*arguments)
+
+        return counted
+
+    for name in ("gemm_activation", "gemm_activation_backward"):
+        monkeypatch.setattr(stage, name, counting(name))
+    monkeypatch.setattr(node, "FUSED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(node, "_fuses_activation", may_fuse)
+    return uses
+
+
+BOTH = ["gemm_activation", "gemm_activation_backward"]
+
+
+def apart(monkeypatch, *arguments, **options) -> Step:
+    """The step of the layer that does not fuse."""
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "_fuses_activation", lambda *_: False)
+        return step(*arguments, **options)
+
+
+def assert_alike(actual: Step, expected: Step, dtype: torch.dtype) -> None:
+    for a, e in zip(actual.outputs, expected.outputs, strict=True):
+        assert relative_error(a, e) <= TOLERANCES[dtype, "plain"]
+    assert actual.grads.keys() == expected.grads.keys()
+    for name, grad in expected.grads.items():
+        found = actual.grads[name]
+        assert (found is None) == (grad is None), name
+        if grad is not None and found is not None:
+            assert (found.dtype, found.shape) == (grad.dtype, grad.shape)
+            assert relative_error(found, grad) <= 2 * TOLERANCES[dtype, "plain"], name
+
+
+VARIANTS = [
+    {},
+    {"bias": False},
+    {"return_bias": True},
+    {"normalization": "RMSNorm", "zero_centered_gamma": True},
+    {"return_layernorm_output": True},
+    {"checkpoint": True},
+]
+
+
+@pytest.mark.parametrize("lead", [(2, 16), (1,), (7, 5)])
+@pytest.mark.parametrize("arguments", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_is_the_layer_that_does_not_fuse(dtype, arguments, lead, device, used, monkeypatch):
+    module = build("LayerNormMLP", device, dtype, **arguments)
+    x = features(*lead, dtype=dtype, device=device)
+    fused = step(module, x)
+    assert used == (["gemm_activation", *BOTH] if "checkpoint" in arguments else BOTH)
+    assert_alike(fused, apart(monkeypatch, module, x), dtype)
+    check(module, x)
+
+
+def test_the_residual_before_it(device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 16, dtype=BF16, device=device)
+    check(module, x, formula=lambda x, p: (*formula_of(module)(x, p), x), call=module.forward_with_residual)
+    assert used == BOTH
+
+
+FROZEN = [
+    {"input"},
+    {"fc1_weight"},
+    {"fc1_bias"},
+    {"fc2_weight"},
+    {"fc2_bias"},
+    {"fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"},
+    {"input", "layer_norm_weight", "layer_norm_bias"},
+]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=lambda names: "+".join(sorted(names)))
+def test_any_part_may_be_frozen(frozen, device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 16, dtype=BF16, device=device).requires_grad_("input" not in frozen)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    check(module, x)
+    assert used == BOTH
+
+
+def test_not_where_backward_ends_at_fc2(device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 16, dtype=BF16, device=device).requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith("fc2"))
+    check(module, x)
+    assert not used
+
+
+def test_backward_runs_twice_with_retain_graph(device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 16, dtype=BF16, device=device)
+    y = module(x)
+    y.sum().backward(retain_graph=True)
+    once, x.grad = x.grad, None
+    weights = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    y.sum().backward()
+    assert_same_bits(x.grad, once)
+    for parameter, grad in zip(module.parameters(), weights):
+        assert_same_bits(parameter.grad, grad)
+    assert used == [*BOTH, "gemm_activation_backward"]
+
+
+def test_no_second_derivative(device, used):
+    module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
+    (grad,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    assert used == BOTH
+
+
+@pytest.mark.parametrize("delay", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_weight_gradients_that_go_elsewhere(fuse, delay, device, used):
+    module = build("LayerNormMLP", device, BF16, fuse_wgrad_accumulation=fuse, delay_wgrad_compute=delay)
+    x = features(2, 16, dtype=BF16, device=device)
+    plain = build("LayerNormMLP", device, BF16)
+    plain.load_state_dict(module.state_dict())
+    expected = step(plain, x)
+    weights = {name: getattr(module, name) for name in ("fc1_weight", "fc2_weight")}
+    for weight in weights.values():
+        weight.main_grad = torch.zeros(weight.shape, device=device)
+    step(module, x)
+    if delay:
+        module.backward_dw()
+    assert used == BOTH * 2
+    for name, weight in weights.items():
+        found = weight.main_grad.to(BF16) if fuse else weight.grad
+        assert_same_bits(found, expected.grads[name], name)
+
+
+def test_checkpoint_around_it(device, used):
+    module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
+    expected = step(module, x)
+    for reentrant in (False, True):
+        again = step(module, x, call=lambda x, reentrant=reentrant: checkpoint(module, x, use_reentrant=reentrant))
+        assert_same_step(again, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_not_without_a_backward(mode, device, used):
+    module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
+    with mode():
+        module(x)
+    assert not used
+
+
+def test_forward_keeps_one_matrix_of_the_inner_size_and_backward_frees_it(device, used):
+    module = te.LayerNormMLP(32, 64, params_dtype=BF16, device=device)
+    x = torch.randn(24, 32, dtype=BF16, device=device, requires_grad=True)
+    saved = []
+
+    def remember(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        y = module(x)
+    inner = [tensor for tensor in saved if tensor.shape == (24, 64)]
+    assert len(inner) == 1
+    y.sum().backward()
+    assert inner[0].untyped_storage().nbytes() == 0
+    assert all(parameter.untyped_storage().nbytes() for parameter in module.parameters())
+    assert used == BOTH
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")  # torch.compile's own
+def test_compiled_code_has_the_ops_in_its_one_graph(device, used, monkeypatch):
+    monkeypatch.undo()  # of the counters
+    monkeypatch.setattr(node, "_fuses_activation", may_fuse)
+    torch._dynamo.reset()
+    module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
+    expected = step(module, x)
+    targets = []
+
+    def compiler(graph, inputs):
+        targets.extend(f"{n.target} {n.args}" for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert_same_step(step(module, x, call=compiled), expected)
+    for name in BOTH:
+        assert any(f"overdrive.{name}." in target.replace("'", ".") for target in targets), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
+def test_the_choice_is_a_constant_for_the_compiler(device, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(node, "FUSED_MULTIPLICATIONS", 0)
+    module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
+    expected = step(module, x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same_step(step(module, x, call=compiled), expected)
+
+
+# --- the choice --------------------------------------------------------------------------------------------------------
+
+
+class Cuda:
+    """A bf16 matrix that says it is on a GPU."""
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype = BF16, is_cuda: bool = True) -> None:
+        self.shape, self.dtype, self.is_cuda = torch.Size((rows, cols)), dtype, is_cuda
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def asked(
+    monkeypatch, tokens=8192, inputs=4096, inner=16384, dtype=BF16, is_cuda=True, able=True, recipe="plain", name="gelu", **frozen
+):
+    """What `_fuses_activation` says to the options that a module makes."""
+    monkeypatch.setattr(node, "is_gemm_epilogue_available", lambda: (able, "" if able else "no"))
+    seen = []
+    monkeypatch.setattr(node, "_apply", lambda *arguments: seen.append(arguments) or (arguments[0].clone(),))
+    with fp8(recipe), contextlib.ExitStack() as stack:
+        if frozen.get("no_grad"):
+            stack.enter_context(torch.no_grad())
+        te.LayerNormMLP(IN, 64, activation=name, params_dtype=dtype)(torch.ones(16, IN, dtype=dtype, requires_grad=True))
+    options = next(argument for argument in seen[0] if isinstance(argument, node.LayerNormMLPOptions))
+    matrices = Cuda(tokens, inputs, dtype, is_cuda), Cuda(inner, inputs, dtype), Cuda(inputs, inner, dtype)
+    return node._fuses_activation(*matrices, options)
+
+
+def test_large_products_with_a_backward_fuse(monkeypatch):
+    assert asked(monkeypatch)
+    assert asked(monkeypatch, dtype=torch.float16)
+    assert asked(monkeypatch, tokens=1024)
+    assert asked(monkeypatch, tokens=8191)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": 1023},
+        {"inputs": 4100},
+        {"inner": 16388},
+        {"dtype": torch.float32},
+        {"is_cuda": False},
+        {"able": False},
+        {"name": "silu"},
+        {"name": "geglu"},
+        {"no_grad": True},
+        *({"recipe": name} for name in RECIPES if name != "plain"),
+    ],
+    ids=str,
+)
+def test_others_do_not(case, monkeypatch):
+    assert not asked(monkeypatch, **case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_large_layer_on_a_gpu(dtype, monkeypatch):
+    """By its own choice, also in a CUDA graph."""
+    if not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
+    uses, op = [], stage.gemm_activation_backward
+    monkeypatch.setattr(stage, "gemm_activation_backward", lambda *arguments: uses.append(1) or op(*arguments))
+    module = te.LayerNormMLP(2048, 8192, params_dtype=dtype, device="cuda")
+    x = torch.randn(4104, 2048, device="cuda", dtype=dtype, requires_grad=True)
+    fused = step(module, x)
+    assert uses
+    assert_alike(fused, apart(monkeypatch, module, x), dtype)
+    assert_same_step(step(module, x), fused)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same_step(step(module, x, call=compiled), fused)
+    graphed = te.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
+    y = graphed(x)
+    assert tuple_of(y)[0].shape == x.shape
+    assert relative_error(tuple_of(y)[0], fused.outputs[0]) == 0

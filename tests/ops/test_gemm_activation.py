@@ -1,0 +1,208 @@
+"""ops.gemm_activation: a product with its activation, the gradient of the one after it; against float64 and the separate ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward
+from overdrive.ops.gemm import gemm
+from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward
+from overdrive.ops.quantize import Mode
+from overdrive.scaling import support
+from tests.modules.layer_oracle import gelu
+from tests.numerics import LAYOUTS, TOLERANCES, assert_close, assert_same_bits, draw, relative_error
+from tests.ops.test_norm import plain
+
+HALVES = (torch.float16, torch.bfloat16)
+SHAPES = (  # tokens, inputs, outputs; on a GPU tiles of 128 x 192 that are whole or not, in clusters that are whole or not
+    (1, 8, 8),
+    (7, 40, 24),
+    (128, 64, 192),
+    (129, 200, 200),
+    (300, 136, 584),
+    (513, 1024, 384),
+)
+
+
+@pytest.fixture(autouse=True)
+def _runs(device):
+    if device == "cuda" and not support.is_gemm_epilogue_available()[0]:
+        pytest.skip(support.is_gemm_epilogue_available()[1])
+
+
+def slope(x64: torch.Tensor) -> torch.Tensor:
+    leaf = x64.clone().requires_grad_()
+    return torch.autograd.grad(gelu(leaf).sum(), leaf)[0]
+
+
+def draw_forward(shape, dtype, device, bias=True, kind="contiguous"):
+    tokens, inputs, outputs = shape
+    x = draw(tokens, inputs, dtype=dtype, device=device, kind=kind)
+    weight = draw(outputs, inputs, dtype=dtype, device=device, kind=kind, scale=inputs**-0.5)
+    return x, weight, draw(outputs, dtype=dtype, device=device) if bias else None
+
+
+def draw_backward(shape, dtype, device, kind="contiguous"):
+    tokens, inputs, outputs = shape
+    dy = draw(tokens, inputs, dtype=dtype, device=device, kind=kind)
+    weight = draw(inputs, outputs, dtype=dtype, device=device, kind=kind, scale=inputs**-0.5)
+    return dy, weight, draw(tokens, outputs, dtype=dtype, device=device)
+
+
+def to64(*tensors):
+    return [None if t is None else t.cpu().double() for t in tensors]
+
+
+def check_forward(x, weight, bias):
+    pre, out = gemm_activation(x, weight, bias, "gelu")
+    x64, weight64, bias64 = to64(x, weight, bias)
+    pre64 = x64 @ weight64.t() + (0 if bias64 is None else bias64)
+    for name, actual, expected in (("pre", pre, pre64), ("out", out, gelu(pre64))):
+        assert (actual.dtype, actual.is_contiguous()) == (x.dtype, True)
+        assert_close(actual, expected, x.dtype, what=name)
+    apart = gemm(x, weight, None, None, bias, x.dtype, Mode.PLAIN, Mode.PLAIN, False)
+    assert relative_error(pre, apart) <= TOLERANCES[x.dtype, "plain"] / 2
+    assert relative_error(out, activation(apart, "gelu", 7.0, 1.702, *plain(x.dtype))[0]) <= TOLERANCES[x.dtype, "plain"]
+
+
+def check_backward(dy, weight, pre, in_place):
+    dy64, weight64, pre64 = to64(dy, weight, pre)
+    expected, again = (dy64 @ weight64) * slope(pre64), gelu(pre64)
+    dout = gemm(dy, weight.t(), None, None, None, dy.dtype, Mode.PLAIN, Mode.PLAIN, False)
+    apart = activation_backward(dout, pre, "gelu", 7.0, 1.702, False, *plain(dy.dtype))[0]
+    kept = pre.clone()
+    out = pre if in_place else torch.empty_like(pre)
+    dpre = gemm_activation_backward(out, dy, weight, pre, "gelu")
+    assert (dpre.dtype, dpre.is_contiguous()) == (dy.dtype, True)
+    assert_close(dpre, expected, dy.dtype, what="dpre")
+    assert_close(out, again, dy.dtype, what="out")
+    assert relative_error(dpre, apart) <= TOLERANCES[dy.dtype, "plain"]
+    if not in_place:
+        assert_same_bits(pre, kept)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape, dtype, bias, device):
+    check_forward(*draw_forward(shape, dtype, device, bias))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(shape, dtype, in_place, device):
+    check_backward(*draw_backward(shape, dtype, device), in_place)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layouts(kind, device):
+    check_forward(*draw_forward((136, 72, 200), torch.bfloat16, device, kind=kind))
+    check_backward(*draw_backward((136, 72, 200), torch.bfloat16, device, kind=kind), True)
+
+
+def test_memory_that_begins_anywhere(device):
+    def moved(t):
+        return torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape)
+
+    check_forward(*map(moved, draw_forward((20, 64, 48), torch.bfloat16, device)))
+    check_backward(*map(moved, draw_backward((20, 64, 48), torch.bfloat16, device)), False)
+
+
+def test_parameters_and_what_requires_grad(device):
+    x, weight, bias = draw_forward((20, 64, 48), torch.bfloat16, device)
+    with torch.no_grad():
+        check_forward(x.requires_grad_(), torch.nn.Parameter(weight), torch.nn.Parameter(bias))
+
+
+def test_the_reference_activates_the_sum_before_it_is_rounded():
+    x = torch.ones(8, 8, dtype=torch.bfloat16)
+    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
+    weight[:, 0], weight[:, 1] = -2, 2.0**-8
+    pre, out = gemm_activation(x, weight, None, "gelu")
+    assert (pre == -2).all()
+    assert_same_bits(out, gelu(torch.full((8, 8), -2 + 2.0**-8, dtype=torch.float64)).bfloat16())
+    assert (out != gelu(pre.double()).bfloat16()).all()
+
+
+def test_twice_the_same_bits(device):
+    arguments = draw_forward((700, 512, 640), torch.bfloat16, device)
+    for a, b in zip(gemm_activation(*arguments, "gelu"), gemm_activation(*arguments, "gelu")):
+        assert_same_bits(a, b)
+    dy, weight, pre = draw_backward((700, 512, 640), torch.bfloat16, device)
+    out = torch.empty_like(pre)
+    assert_same_bits(*(gemm_activation_backward(out, dy, weight, pre, "gelu") for _ in range(2)))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ACTIVATIONS.items() if not kind.gated])
+def test_the_reference_knows_every_activation_that_does_not_gate(name):
+    x, weight, bias = draw_forward((9, 16, 24), torch.float32, "cpu")
+    pre, out = gemm_activation(x, weight, bias, name)
+    assert_same_bits(out, activation(pre, name, 7.0, 1.702, *plain(torch.float32))[0])
+    dy, weight, _ = draw_backward((9, 16, 24), torch.float32, "cpu")
+    dpre = gemm_activation_backward(torch.empty_like(pre), dy, weight, pre, name)
+    apart = activation_backward(dy @ weight, pre, name, 7.0, 1.702, False, *plain(torch.float32))[0]
+    assert relative_error(dpre, apart) < 1e-6
+
+
+# --- whether they run here ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked_anew(monkeypatch):
+    """The machine is asked again, as if it were a Hopper GPU, whatever the answer was."""
+    monkeypatch.setattr(support, "_capability", lambda: (9, 0))
+    support._epilogue_failure.cache_clear()
+    yield monkeypatch
+    support._epilogue_failure.cache_clear()
+
+
+def test_where_there_is_no_hopper_gpu_the_reason_says_so(asked_anew):
+    for capability, said in ((None, "torch sees none"), ((8, 0), "this GPU has 8.0")):
+        asked_anew.setattr(support, "_capability", lambda capability=capability: capability)
+        support._epilogue_failure.cache_clear()
+        able, reason = support.is_gemm_epilogue_available()
+        assert not able
+        assert said in reason
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'quack'", name="quack"), "pip install 'overdrive[fa4]'"),
+        (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "does not load: No module named 'cutlass'"),
+        (TypeError("no fail-closed semantic key"), "does not run: TypeError: no fail-closed semantic key"),
+    ],
+)
+def test_whatever_goes_wrong_is_a_reason_and_asked_once(error, said, asked_anew):
+    calls = []
+
+    def fail(device):
+        calls.append(error)
+        raise error
+
+    asked_anew.setattr(support, "_epilogue_error", fail)
+    for _ in range(2):
+        able, reason = support.is_gemm_epilogue_available()
+        assert not able
+        assert said in reason
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, "product", "activation", "activation in backward", "gradient"])
+def test_wrong_numbers_are_a_reason(wrong, asked_anew, device):
+    def forward(*arguments):
+        pre, out = gemm_activation(*arguments)
+        return pre * 1.1 if wrong == "product" else pre, out * 1.1 if wrong == "activation" else out
+
+    def backward(out, *arguments):
+        dpre = gemm_activation_backward(out, *arguments)
+        if wrong == "activation in backward":
+            out.mul_(1.1)
+        return dpre * 1.1 if wrong == "gradient" else dpre
+
+    asked_anew.setattr(support, "gemm_activation", forward)
+    asked_anew.setattr(support, "gemm_activation_backward", backward)
+    reason = support._epilogue_error(device)
+    assert reason.endswith(f"of the {wrong}") if wrong else reason == ""
