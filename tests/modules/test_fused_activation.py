@@ -14,7 +14,7 @@ import overdrive.pytorch as te
 from overdrive.functional import activation as stage
 from overdrive.functional import layernorm_mlp as node
 from overdrive.scaling.support import is_gemm_epilogue_available
-from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step, tuple_of
+from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step
 from tests.numerics import RECIPES, TOLERANCES, assert_same_bits, relative_error
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -81,7 +81,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("lead", [(2, 16), (1,), (7, 5)])
+@pytest.mark.parametrize("lead", [(2, 16), (3,), (7, 5)])
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_is_the_layer_that_does_not_fuse(dtype, arguments, lead, device, used, monkeypatch):
@@ -261,7 +261,9 @@ def asked(
     with fp8(recipe), contextlib.ExitStack() as stack:
         if frozen.get("no_grad"):
             stack.enter_context(torch.no_grad())
-        te.LayerNormMLP(IN, 64, activation=name, params_dtype=dtype)(torch.ones(16, IN, dtype=dtype, requires_grad=True))
+        te.LayerNormMLP(IN, 64, activation=name, params_dtype=dtype, device="cpu")(
+            torch.ones(16, IN, dtype=dtype, requires_grad=True)
+        )
     options = next(argument for argument in seen[0] if isinstance(argument, node.LayerNormMLPOptions))
     matrices = Cuda(tokens, inputs, dtype, is_cuda), Cuda(inner, inputs, dtype), Cuda(inputs, inner, dtype)
     return node._fuses_activation(*matrices, options)
@@ -295,22 +297,23 @@ def test_others_do_not(case, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_large_layer_on_a_gpu(dtype, monkeypatch):
     """By its own choice, also in a CUDA graph."""
     if not is_gemm_epilogue_available()[0]:
         pytest.skip(is_gemm_epilogue_available()[1])
-    uses, op = [], stage.gemm_activation_backward
-    monkeypatch.setattr(stage, "gemm_activation_backward", lambda *arguments: uses.append(1) or op(*arguments))
     module = te.LayerNormMLP(2048, 8192, params_dtype=dtype, device="cuda")
     x = torch.randn(4104, 2048, device="cuda", dtype=dtype, requires_grad=True)
-    fused = step(module, x)
+    uses, op = [], stage.gemm_activation_backward
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "gemm_activation_backward", lambda *arguments: uses.append(1) or op(*arguments))
+        fused = step(module, x)
     assert uses
     assert_alike(fused, apart(monkeypatch, module, x), dtype)
     assert_same_step(step(module, x), fused)
+    torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same_step(step(module, x, call=compiled), fused)
     graphed = te.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
-    y = graphed(x)
-    assert tuple_of(y)[0].shape == x.shape
-    assert relative_error(tuple_of(y)[0], fused.outputs[0]) == 0
+    assert_alike(step(module, x, call=graphed), fused, dtype)

@@ -16,7 +16,7 @@ from tests.ops.test_norm import plain
 
 HALVES = (torch.float16, torch.bfloat16)
 SHAPES = (  # tokens, inputs, outputs; on a GPU tiles of 128 x 192 that are whole or not, in clusters that are whole or not
-    (1, 8, 8),
+    (2, 64, 72),
     (7, 40, 24),
     (128, 64, 192),
     (129, 200, 200),
@@ -206,3 +206,13 @@ def test_wrong_numbers_are_a_reason(wrong, asked_anew, device):
     asked_anew.setattr(support, "gemm_activation_backward", backward)
     reason = support._epilogue_error(device)
     assert reason.endswith(f"of the {wrong}") if wrong else reason == ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiler_that_asks_first_is_answered_in_eager_mode(asked_anew):
+    seen = []
+    asked_anew.setattr(support, "_epilogue_error", lambda device: seen.append(torch.compiler.is_compiling()) or "")
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: x * 2 if support.is_gemm_epilogue_available()[0] else x, fullgraph=True, backend="eager")
+    assert double(torch.ones(1)).item() == 2
+    assert seen == [False]
