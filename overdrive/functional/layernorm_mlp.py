@@ -76,6 +76,8 @@ def _fuses_activation(x: Operand, weight1: Operand, weight2: Operand, options: L
 
     Measured on an H200, bf16, 8192 tokens, 4096 -> 16384: 1416 us instead of 1558, in backward 1464 instead of 1637.
     """
+    if torch.compiler.is_compiling():  # not measured there
+        return False
     if isinstance(x, QuantizedTensor) or isinstance(weight1, QuantizedTensor) or isinstance(weight2, QuantizedTensor):
         return False
     return (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -58,17 +56,6 @@ def is_bf16_available() -> tuple[bool, str]:
     return True, ""
 
 
-@contextlib.contextmanager
-def _not_compiling() -> Iterator[None]:
-    """torch.compiler.is_compiling() is False inside, for libraries that ask: the compiler may be what wants a constant's value."""
-    compiling = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = False
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = compiling
-
-
 @functools.cache
 def _epilogue_failure() -> str:
     """Why GEMMs with an activation in their epilogue do not run here, or "": compiles them, runs them and looks at the numbers."""
@@ -78,7 +65,7 @@ def _epilogue_failure() -> str:
     if capability[0] != 9:
         return f"needs compute capability 9.x, this GPU has {capability[0]}.{capability[1]}"
     try:
-        with torch.no_grad(), _disable_current_modes(), _not_compiling():
+        with torch.no_grad(), _disable_current_modes():
             return _epilogue_error("cuda")
     except ModuleNotFoundError as error:
         if error.name == "quack":
@@ -115,7 +102,6 @@ def _epilogue_error(device: str) -> str:
     return ""
 
 
-@constant_result
 def is_gemm_epilogue_available() -> tuple[bool, str]:
     """(usable, reason): GEMMs of quack-kernels with an activation in their epilogue. The first call on a Hopper GPU compiles them,
     which takes seconds. Inside the capture of a CUDA graph that cannot be done: a graph captured without a warm-up goes without.

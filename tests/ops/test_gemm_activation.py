@@ -206,13 +206,3 @@ def test_wrong_numbers_are_a_reason(wrong, asked_anew, device):
     asked_anew.setattr(support, "gemm_activation_backward", backward)
     reason = support._epilogue_error(device)
     assert reason.endswith(f"of the {wrong}") if wrong else reason == ""
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
-def test_a_compiler_that_asks_first_is_answered_in_eager_mode(asked_anew):
-    seen = []
-    asked_anew.setattr(support, "_epilogue_error", lambda device: seen.append(torch.compiler.is_compiling()) or "")
-    torch._dynamo.reset()
-    double = torch.compile(lambda x: x * 2 if support.is_gemm_epilogue_available()[0] else x, fullgraph=True, backend="eager")
-    assert double(torch.ones(1)).item() == 2
-    assert seen == [False]
