@@ -264,9 +264,13 @@ class TransformerLayer(torch.nn.Module):
             said = zip(_LENGTHS, (*lengths, pad_between_seqs))
             refuse(self._label, {name: (value, None) for name, value in said}, "decoders take it with attn_input_format='thd' only")
         call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, own, gaps)
-        attended, residual = attend_with_residual(self.self_attention, hidden_states, call)
         starts = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
         samples = starts if self._packed else self._batch_dim
+        if inference_params is not None and samples is None and self.training and self.drop_path_rate > 0:
+            raise RuntimeError(
+                f"{self._label}: drop_path_rate={self.drop_path_rate} is on, and inference_params is for inference; use .eval()"
+            )
+        attended, residual = attend_with_residual(self.self_attention, hidden_states, call)
         if self.layer_type == "decoder":
             hidden = self._add(*_branch(attended, residual), samples)
             rest = {"lengths": lengths, "pad_between_seqs": pad_between_seqs}

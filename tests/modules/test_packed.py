@@ -400,3 +400,11 @@ def test_bad_shapes_and_angles():
     padded = {"cu_seqlens_q_padded": bounds, "cu_seqlens_kv_padded": bounds}
     with pytest.raises(ValueError, match="rotary_pos_emb has 4 positions, the sequence 5"):  # NaN in the gradient otherwise
         layer(torch.randn(7, HIDDEN), cu_seqlens_q=offsets(0, 2, 4), cu_seqlens_kv=offsets(0, 2, 4), rotary_pos_emb=freqs, **padded)
+
+
+def test_drop_path_with_a_cache_is_refused(device):
+    layer, _ = layers(device, drop_path_rate=0.5, layer_number=1)
+    params = te.InferenceParams(2, 8, HEADS, DIM, torch.float32, device=device)
+    params.pre_step({"a": 3, "b": 4})
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"drop_path_rate=0\.5 is on, and inference_params is for inference"):
+        layer.train()(torch.randn(7, HIDDEN, device=device), inference_params=params)
