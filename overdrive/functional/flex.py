@@ -16,14 +16,12 @@ MOST_VARIANTS = 256
 @functools.cache
 def _compiled() -> Any:
     from torch._dynamo import config as dynamo
-    from torch._functorch import config as functorch
     from torch.nn.attention.flex_attention import flex_attention  # its import takes a while
 
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def run(*args: Any, **options: Any) -> Any:
-        limits = dynamo.patch(recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=8 * MOST_VARIANTS)
-        with limits, functorch.patch(donated_buffer=False):  # a backward that may come twice
+        with dynamo.patch(recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=8 * MOST_VARIANTS):
             # its other kernel, for few queries, refuses some masks
             return compiled(*args, **options, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
 
@@ -42,8 +40,9 @@ def flex(
 ) -> torch.Tensor:
     """[B, H, S, D], [B, G, T, D], [B, G, T, E] -> [B, H, S, E]; mask, causal, bias and offset as in scored_attention.
 
-    A mask may also be a function, the same for every batch element and head; a query that it lets see nothing gives zeros. Outside
-    of CUDA it is torch's dense form of it, forward only.
+    A mask may also be a function, the same for every batch element and head; a query that it lets see nothing gives zeros. On CUDA
+    it is compiled, and torch refuses a second backward of the same output (retain_graph); elsewhere it is torch's dense form of
+    it, forward only.
     """
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
