@@ -5,7 +5,7 @@ Shapes: B batch, H heads, S queries, T keys. In a caller's mask True = masked ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,19 @@ MASK_KINDS = {
 }
 
 
+def fits(tensor: torch.Tensor, allowed: Sequence[tuple[int, ...]]) -> bool:
+    """Whether each dimension has a size that is allowed for it. A compiler knows == of sizes that it traces, and not `in`."""
+    if tensor.dim() != len(allowed):
+        return False
+    for size, sizes in zip(tensor.shape, allowed):
+        for one in sizes:
+            if size == one:
+                break
+        else:
+            return False
+    return True
+
+
 def check_mask(kind: MaskKind, mask: Mask, batch: int, heads: int, queries: int, keys: int) -> None:
     """Raise TypeError or ValueError, saying what is allowed, unless `mask` fits `kind`."""
     pair = mask if isinstance(mask, tuple) else (mask, mask)
@@ -66,7 +79,7 @@ def check_mask(kind: MaskKind, mask: Mask, batch: int, heads: int, queries: int,
         if part.dtype != torch.bool:
             raise TypeError(f"attention_mask must be bool (True = masked out), got {part.dtype}; convert it, e.g. mask.bool()")
         allowed = ((batch,), (1,), (1,), (length,)) if kind.padding else ((batch, 1), (heads, 1), (queries, 1), (keys,))
-        if part.dim() != 4 or any(size not in sizes for size, sizes in zip(part.shape, allowed)):
+        if not fits(part, allowed):
             shape = "[batch, 1, 1, sequence]" if kind.padding else "[batch or 1, heads or 1, queries or 1, keys]"
             pair_hint = (
                 "" if kind.arbitrary or isinstance(mask, tuple) or queries == keys else "; give a pair, for queries and keys"

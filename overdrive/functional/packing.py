@@ -112,7 +112,7 @@ def _check_form(name: str, offsets: Any, batch: int | None, device: torch.device
     if not isinstance(offsets, torch.Tensor) or offsets.dtype != torch.int32:
         came = offsets.dtype if isinstance(offsets, torch.Tensor) else type(offsets).__name__
         raise TypeError(f"{name} must be an int32 tensor [batch + 1] of where sequences begin and end, got {came}")
-    if offsets.dim() != 1 or offsets.shape[0] < 2 or batch not in (None, offsets.shape[0] - 1):
+    if offsets.dim() != 1 or offsets.shape[0] < 2 or (batch is not None and batch != offsets.shape[0] - 1):
         want = "batch + 1" if batch is None else f"{batch} + 1"
         raise ValueError(f"{name} must be [{want}], where sequences begin and end, got shape {list(offsets.shape)}")
     if offsets.device != device:
@@ -232,7 +232,7 @@ def padding_masks(
     if lengths.cu_seqlens_q_padded is not None or lengths.cu_seqlens_kv_padded is not None or lengths.pad_between_seqs:
         raise ValueError("cu_seqlens_q_padded, cu_seqlens_kv_padded and pad_between_seqs need qkv_format='thd'")
     for name, longest, length in (("q", lengths.max_seqlen_q, queries), ("kv", lengths.max_seqlen_kv, keys)):
-        if longest not in (None, length):
+        if longest is not None and longest != length:
             raise ValueError(f"max_seqlen_{name} must be the sequence length {length} unless qkv_format='thd', got {longest!r}")
     offsets_q, offsets_kv = lengths.cu_seqlens_q, lengths.cu_seqlens_kv
     if offsets_q is None and offsets_kv is None:

@@ -19,7 +19,7 @@ from overdrive.functional.attention import (
 from overdrive.functional.attention import explain as explain_attention
 from overdrive.functional.attention import explain_packed as explain_packed_attention
 from overdrive.functional.attention_backends import Decision
-from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask
+from overdrive.functional.attention_mask import MASK_KINDS, Mask, MaskKind, check_mask, fits
 from overdrive.functional.packing import NOTHING_SAID, Lengths, padding_masks, sides
 from overdrive.modules.base import warn_of_foreign_state
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse, refuse_parallelism
@@ -341,12 +341,12 @@ class DotProductAttention(torch.nn.Module):
         """ValueError unless bias and slopes fit."""
         heads, bias, slopes = self.num_attention_heads, scores.bias, scores.slopes
         allowed = ((batch, 1), (heads, 1), (queries, 1), (keys,))
-        if bias is not None and (bias.dim() != 4 or any(size not in sizes for size, sizes in zip(bias.shape, allowed))):
+        if bias is not None and not fits(bias, allowed):
             raise ValueError(
                 f"{self._label}: core_attention_bias must be [1 or {batch}, 1 or {heads} heads, 1 or {queries} queries, "
                 f"{keys} keys], got {list(bias.shape)}"
             )
-        if slopes is not None and slopes.shape not in ((heads,), (batch, heads)):
+        if slopes is not None and not (fits(slopes, ((heads,),)) or fits(slopes, ((batch,), (heads,)))):
             raise ValueError(
                 f"{self._label}: alibi_slopes must be [{heads} heads] or [{batch}, {heads} heads], got {list(slopes.shape)}"
             )

@@ -841,3 +841,26 @@ def test_varlen_where_no_offsets_can_be_read(how, index, device, monkeypatch):
     for a, b in zip(actual, expected):
         assert_close(a, b.cpu().double(), torch.bfloat16)
         assert not a[outside].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("what", ["padding", "arbitrary", "bias", "alibi", "lengths"])
+def test_compiles_with_every_size_traced(what, device):
+    """Checks of shapes hold for sizes that the compiler keeps symbolic, and one graph serves other sizes."""
+    torch.compiler.reset()
+    mask_type = {"padding": "padding", "arbitrary": "arbitrary", "lengths": "padding"}.get(what, "no_mask")
+    module = DotProductAttention(4, 16, num_gqa_groups=2, attn_mask_type=mask_type)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, length in ((2, 7), (3, 9)):
+        q, k, v = (torch.randn(length, batch, heads, 16, device=device) for heads in (4, 2, 2))
+        sizes = {"padding": (batch, 1, 1, length), "arbitrary": (batch, 1, length, length)}
+        call = {"attention_mask": torch.rand(sizes[what], device=device) < 0.3} if what in sizes else {}
+        if what == "bias":
+            bias = torch.randn(batch, 1, length, length, device=device)
+            call = {"core_attention_bias_type": "post_scale_bias", "core_attention_bias": bias}
+        elif what == "alibi":
+            call = {"core_attention_bias_type": "alibi", "alibi_slopes": torch.rand(batch, 4, device=device)}
+        elif what == "lengths":
+            offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * (length - 2)
+            call = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets, "max_seqlen_q": length, "max_seqlen_kv": length}
+        assert_close(compiled(q, k, v, **call), module(q, k, v, **call).double().cpu(), torch.float32, depth=2)
