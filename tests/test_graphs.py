@@ -99,7 +99,7 @@ def test_an_autocast_around_the_capture_is_refused(device, monkeypatch):
     layer, x = stack("linear", device=device), batch(0, device)
     with fp8(RECIPES["delayed"]):
         layer(x)
-        monkeypatch.setattr(importlib.import_module("overdrive.scaling.autocast"), "_capturing", lambda device: True)
+        monkeypatch.setattr(importlib.import_module("overdrive.scaling.autocast"), "capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="Enter autocast in the function that is captured"):
             layer(x)
     with fp8(RECIPES["delayed"]):

@@ -237,9 +237,8 @@ def dot_product_attention(
     attention_mask: bool, True = masked out, as `kind` reads it. A query that may attend to nothing gives zeros. With
     scores.max_logit the result is (that, f32 [H]).
     """
-    query, key, value, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first)
+    query, key, value, bias, mask, causal, dead = _prepared(query, key, value, attention_mask, kind, batch_first, scale, scores)
     back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-    bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
     out, largest = scored_attention(query, key, value, mask, causal, dropout, scale, scores, bias, dead)
     out = out.permute(back)
     if dead is not None:  # where, as masked_fill copies first
@@ -296,11 +295,12 @@ def _padded(query, key, value, packing_q: Packing, packing_kv: Packing) -> tuple
     return packing_q.pad(query), packing_kv.pad(key), packing_kv.pad(value), (packing_q.padded, packing_kv.padded)
 
 
-def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool):
-    """(Q, K and V as views [B, H, S, D], score mask, causal, dead), see attention_mask.score_mask."""
+def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool, scale: float | None, scores: Scores | None):
+    """(Q, K and V as views [B, H, S, D], bias, score mask, causal, dead), see attention_mask.score_mask."""
     order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
     query, key, value = (x.permute(order) for x in autocasted(query, key, value))
-    return query, key, value, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
+    bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
+    return query, key, value, bias, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
 
 
 def split_qkv(qkv: torch.Tensor, heads: int, groups: int, head_dim: int, interleaved: bool) -> tuple[torch.Tensor, ...]:
@@ -346,8 +346,7 @@ def explain(
     """The Decision that `dot_product_attention` takes for the same arguments, or, of sequences that would be these when padded,
     `packed_attention` (packed: Case.packed); print it.
     """
-    query, key, value, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first)
-    bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
+    query, key, value, bias, mask, causal, _ = _prepared(query, key, value, attention_mask, kind, batch_first, scale, scores)
     case = Case(*_case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value), packed))
     if bias is not None:
         mask, causal = _biased(bias, mask, causal, query), False

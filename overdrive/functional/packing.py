@@ -12,6 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from overdrive.functional.node import applied
+from overdrive.ops.library import capturing
 
 _seen: Any = WeakIdKeyDictionary()
 """Offsets that were checked: (version, values). All layers share theirs, so the host waits for the GPU once."""
@@ -104,7 +105,7 @@ def _steps(values: list[int]) -> list[int]:
 
 def _unreadable(offsets: torch.Tensor) -> bool:
     """Whether a compiler traces or a graph captures, for which values on a device do not exist yet."""
-    return torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or capturing(offsets.device)
 
 
 def _check_form(name: str, offsets: Any, batch: int | None, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from overdrive.kernels.launch import sm_count
 from overdrive.ops.quantize import BLOCK
 
 _async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.6
@@ -172,7 +173,7 @@ def block_gemm(
     operands = (_descriptor(a, height, BLOCK), _descriptor(b, width, BLOCK), _descriptor(scale_a.t(), 1, height))
     device = a.get_device()
     tiles = -(-rows // height) * -(-cols // width)
-    programs = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    programs = min(tiles, sm_count(a.device))
     with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
         _block_gemm[programs,](
             *operands, scale_b, scale_b.stride(0), bias, out, out.stride(0), rows, cols, -(-k // BLOCK), *_TILE, _STAGES, _GROUP,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from overdrive.kernels.launch import Launcher
+from overdrive.kernels.launch import Launcher, sm_count
 from overdrive.kernels.tile import dense
 
 
@@ -115,11 +115,6 @@ def _put_together(parts, sums, steps, out, o_strides, H: tl.constexpr, S: tl.con
     tl.store(out + b * o_strides[0] + token * o_strides[1] + head * o_strides[2] + e, acc.to(out.dtype.element_ty), e < E)
 
 
-@functools.cache
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 _TILE = 16384  # bytes of keys that a program has at a time, in 16 to 64 of them
 _MOST_SHARES = 32
 
@@ -132,7 +127,7 @@ def _plan(
     queries, new_keys = (max(triton.next_power_of_2(count), 16) for count in (new * heads // groups, new))
     padded = [max(triton.next_power_of_2(width), 16) for width in dims]
     tile = min(max(triton.next_power_of_2(_TILE // (max(padded) * itemsize)), 16), 64)
-    shares = max(min(2 * _sms(device) // (batch * groups), -(-places // tile), _MOST_SHARES), 1)
+    shares = max(min(2 * sm_count(device) // (batch * groups), -(-places // tile), _MOST_SHARES), 1)
     constants = (heads, groups, new, *dims, queries, *padded, new_keys, tile, shares, causal)
     together = (heads, new, dims[1], padded[1], shares, triton.next_power_of_2(shares))
     return shares, Launcher(_attend_cached, constants, 4), Launcher(_put_together, together, 1)

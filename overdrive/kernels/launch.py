@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ MOST_HELD = 4096  # entries of a cache; sizes are part of its keys, so lengths t
 _launchers: dict[tuple[Any, ...], Launcher] = {}
 _held: dict[tuple[Any, ...], Any] = {}
 _hooks = triton.knobs.runtime
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _flatten(args: tuple[Any, ...], key: list[Any]) -> tuple[list[Any], int]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from overdrive.kernels.fp8 import amax_bits, to_fp8
-from overdrive.kernels.launch import MOST_HELD, launch
+from overdrive.kernels.launch import MOST_HELD, launch, sm_count
 from overdrive.kernels.tile import column_sums, dense, load_source, load_tile, new_amax, run_tiles, store_tile
 from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized, padded
 from overdrive.ops.scaling import arena
@@ -157,11 +157,6 @@ class _Rows(NamedTuple):
 
 
 @functools.cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def _row_shape(cols: int, elements: int) -> tuple[int, int, int]:
     """(R, BK, warps) with so many elements to a thread, but four warps at least, which short rows share."""
     width = max(triton.next_power_of_2(cols), 16)
@@ -175,7 +170,7 @@ def _few_rows(rows: int, cols: int, device: torch.device, sm_margin: int) -> _Ro
     height, width, warps = _row_shape(cols, 64 if cols > 4096 else 32)
     programs = max(-(-rows // height), 1)
     if sm_margin:
-        programs = min(programs, max(_sm_count(device) - sm_margin, 1) * max(32 // warps, 1))
+        programs = min(programs, max(sm_count(device) - sm_margin, 1) * max(32 // warps, 1))
     return _Rows(height, width, warps, programs, 1)
 
 
@@ -184,7 +179,7 @@ def _walking(rows: int, cols: int, device: torch.device, sm_margin: int, itemsiz
     """Few programs that walk over all rows and load the next ones meanwhile. itemsize: bytes of an element of all inputs."""
     height, width, warps = _row_shape(cols, 16)
     per_sm = max(_WALKING_WARPS // warps, 1)
-    programs = min(max(_sm_count(device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
+    programs = min(max(sm_count(device) - sm_margin, 1) * per_sm, max(-(-rows // height), 1))
     row_bytes = height * width * itemsize
     return _Rows(height, width, warps, programs, max(min(_SHARED_MEMORY // (per_sm * row_bytes), 3), 1))
 

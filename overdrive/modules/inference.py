@@ -14,6 +14,7 @@ from overdrive.functional.kv_cache import attend, takes_few
 from overdrive.functional.packing import Packing, Places, packing
 from overdrive.modules.checks import default_device, one_of, positive_int, refuse
 from overdrive.ops.kv_cache import append, attend_cached, cache_mask, places
+from overdrive.ops.library import capturing
 
 _NAME = "InferenceParams"
 
@@ -293,7 +294,7 @@ class InferenceParams:
 
     def begins(self, batch: int, new: int) -> bool:
         """Whether `batch` sequences of `new` tokens each have nothing else: False for what may run with other lengths later."""
-        if torch.compiler.is_compiling() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling() or capturing(self.device):
             return False
         return batch == len(self.sequences) and new == self._prompt
 
@@ -301,7 +302,7 @@ class InferenceParams:
         """What all layers of a step share, made by the first; a graph that is captured makes its own, to renew it at replay."""
         if torch.compiler.is_compiling():  # the compiler finds what is the same
             return make()
-        key = (key, self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        key = (key, capturing(self.device))
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]

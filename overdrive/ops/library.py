@@ -103,3 +103,8 @@ def constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, where nothing on `device` can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -10,17 +10,13 @@ from typing import Any
 
 import torch
 
+from overdrive.ops.library import capturing
 from overdrive.ops.scaling import begin_step
 from overdrive.recipe import DelayedScaling, Recipe
 from overdrive.scaling import recompute
 from overdrive.scaling.arena import SLOTS, SlotRange, tenant_of, with_index
 from overdrive.scaling.quantizers import Rules, rules_for
 from overdrive.scaling.support import usable
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -44,7 +40,7 @@ class Context:
         snapshot = self.snapshots.get(device)
         if torch.compiler.is_compiling() and snapshot is not None:
             return snapshot  # slots differ from layer to layer: compiled code must not look at them
-        if not self.captured and _capturing(device):
+        if not self.captured and capturing(device):
             raise RuntimeError(
                 "a CUDA graph is being captured inside of an autocast that was entered before the capture: every replay would use "
                 "today's scales. Enter autocast in the function that is captured, or use overdrive.pytorch.make_graphed_callables"
@@ -123,7 +119,7 @@ def _new_context(enabled: bool, calibrating: bool, recipe: Recipe | None, group:
         snapshots = _snapshots(tenant, training)
     captured = outer.captured
     if snapshots is not outer.snapshots:
-        captured = not torch.compiler.is_compiling() and any(map(_capturing, snapshots))
+        captured = not torch.compiler.is_compiling() and any(map(capturing, snapshots))
     return Context(rules, tenant, snapshots, captured=captured)
 
 

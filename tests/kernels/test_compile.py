@@ -70,9 +70,9 @@ def compiled(monkeypatch):
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.launch"), "_held", Forgetful())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's get_device()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "_sm_count", lambda device: 132)
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "sm_count", lambda device: 132)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm_gemm"), "_gpu", lambda device: (132, 227 << 10))
-    monkeypatch.setattr(importlib.import_module("overdrive.kernels.kv_cache"), "_sms", lambda device: 132)
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.kv_cache"), "sm_count", lambda device: 132)
     triton.runtime.driver.set_active(Hopper())
     yield kernels
     triton.runtime.driver._active = None
