@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from overdrive.functional.attention_mask import Mask
+from overdrive.functional.packing import Lengths
 from overdrive.functional.residual import bias_dropout_add
 from overdrive.modules.attention import FORMATS, mask_kind, probability
 from overdrive.modules.checks import NORMALIZATIONS, InitMethod, one_of, positive_int, refuse, refuse_parallelism
@@ -14,15 +15,6 @@ from overdrive.modules.layernorm import LayerNorm, RMSNorm
 from overdrive.modules.layernorm_mlp import LayerNormMLP
 from overdrive.modules.multihead_attention import Call, MultiheadAttention, attend_with_residual, watched, with_residual
 
-_LENGTHS = (
-    "cu_seqlens_q",
-    "cu_seqlens_kv",
-    "cu_seqlens_q_padded",
-    "cu_seqlens_kv_padded",
-    "max_seqlen_q",
-    "max_seqlen_kv",
-    "pad_between_seqs",
-)
 _CROSS = ("encoder_output", "enc_dec_attn_mask", "enc_dec_attn_mask_type", "enc_dec_window_size", "enc_dec_bottom_right_diagonal")
 
 
@@ -261,7 +253,7 @@ class TransformerLayer(torch.nn.Module):
             own = (cu_seqlens_q, cu_seqlens_q, cu_seqlens_q_padded, cu_seqlens_q_padded, max_seqlen_q, max_seqlen_q)
             own, gaps = (own, gaps) if inference_params is None else ((None,) * 6, None)
         else:
-            said = zip(_LENGTHS, (*lengths, pad_between_seqs))
+            said = zip(Lengths._fields, (*lengths, pad_between_seqs))
             refuse(self._label, {name: (value, None) for name, value in said}, "decoders take it with attn_input_format='thd' only")
         call = Call(attention_mask, None, masking, *told, inference_params, rotary_pos_emb, bias, own, gaps)
         starts = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
