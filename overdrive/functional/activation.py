@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from overdrive.functional.gemm import GemmOptions, calibrated, column_sum, quantizing, releases
+from overdrive.functional.gemm import GemmOptions, calibrated, quantizing, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
-from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward
+from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward, gemm_activation_quantized
 from overdrive.scaling.quantizers import Scales, produce
-from overdrive.scaling.tensor import Operand
+from overdrive.scaling.tensor import Operand, QuantizedTensor
 
 
 @dataclass
@@ -56,10 +56,23 @@ def activation_gradient(
 
 
 def activation_product(
-    x: Operand, weight: Operand, bias: torch.Tensor | None, options: ActivationOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, activation of h) of h = x weight^T + bias in high precision, by one kernel."""
-    return gemm_activation(x, weight, bias, options.name)
+    x: Operand,
+    weight: Operand,
+    bias: torch.Tensor | None,
+    options: ActivationOptions,
+    fc1: GemmOptions,
+    fc2: GemmOptions,
+    scales: Scales,
+) -> tuple[torch.Tensor, Operand]:
+    """(h, activation of h as the input of fc2) of h = x weight^T + bias, by one kernel."""
+    if isinstance(x, torch.Tensor):
+        return gemm_activation(x, weight, bias, options.name)
+    assert isinstance(weight, QuantizedTensor)
+    assert fc2.rules is not None
+    arguments = (x.data, weight.data, x.scale_inv, weight.scale_inv, bias, fc1.dtype, options.name)
+    shape, quantizer = (x.shape[0], weight.shape[0]), fc2.rules.input
+    out, (h,) = produce(gemm_activation_quantized, arguments, quantizer, scales, shape, fc1.dtype, True, fc2.weight_grad, at=1)
+    return h, out
 
 
 def activation_product_gradient(
@@ -67,8 +80,8 @@ def activation_product_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(gradient of h, bias gradient of `gemm`, which made h, activation of h) of dy, the gradient of activation(h) weight^T.
 
-    The activation, which forward did not keep, takes the place of h where that is not needed any more.
+    In high precision. The activation, which forward did not keep, takes the place of h where that is not needed any more.
     """
     out = h if releases() else torch.empty_like(h)
-    dh = gemm_activation_backward(out, dy, weight, h, options.name)
-    return dh, column_sum(dh) if gemm.bias_grad else None, out
+    dh, dbias = gemm_activation_backward(out, dy, weight, h, options.name, gemm.bias_grad)
+    return dh, dbias if gemm.bias_grad else None, out

@@ -1,7 +1,8 @@
 """The product before an activation with that in its epilogue, and the input gradient of the product after it with its gradient.
 
 Shapes: x [T, K], weight [F, K] and bias [F] of fc1, pre and out [T, F]; dy [T, N], weight [N, F] of fc2. Sums and activations: f32.
-On CUDA: fp16 and bf16, K, F and N multiples of 8, and what `scaling.support.is_gemm_epilogue_available` asks for.
+On CUDA: fp16 and bf16 with K, F and N multiples of 8, or FP8 with T a multiple of 128, and what
+`scaling.support.is_gemm_epilogue_available` asks for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from overdrive.ops.activation import value_and_slope
+from overdrive.ops.gemm import dequantize
 from overdrive.ops.library import define
+from overdrive.ops.quantize import QUANTIZATION, Mode, Quantization, new_quantized, quantize_value
 
 
 def _gemm_activation(x, weight, bias, name) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,18 +31,42 @@ gemm_activation = define(
 weight's and the bias's too. name: a key of ops.activation.ACTIVATIONS that does not gate; on CUDA "gelu"."""
 
 
-def _gemm_activation_backward(out, dy, weight, pre, name) -> torch.Tensor:
+def _gemm_activation_backward(out, dy, weight, pre, name, bias_grad) -> tuple[torch.Tensor, torch.Tensor | None]:
     value, slope = value_and_slope(name, pre.float())
-    dpre = (dy.float() @ weight.float() * slope).to(pre.dtype)
+    dpre = dy.float() @ weight.float() * slope
     out.copy_(value)
-    return dpre
+    return dpre.to(pre.dtype), dpre.sum(0).to(pre.dtype) if bias_grad else None
 
 
 gemm_activation_backward = define(
-    "gemm_activation_backward(Tensor(a!) out, Tensor dy, Tensor weight, Tensor pre, str name) -> Tensor",
+    "gemm_activation_backward(Tensor(a!) out, Tensor dy, Tensor weight, Tensor pre, str name, bool bias_grad) -> (Tensor, Tensor)",
     reference=_gemm_activation_backward,
     kernel=("gemm_activation", "gemm_activation_backward"),
-    fake=lambda out, dy, weight, pre, name: pre.new_empty(pre.shape),
+    fake=lambda out, dy, weight, pre, name, bias_grad: (
+        pre.new_empty(pre.shape),
+        pre.new_empty(pre.shape[1]) if bias_grad else None,
+    ),
 )
-"""Returns dpre = (dy weight) act'(pre) and writes act(pre), which the gradient of fc2's weight needs, to the contiguous `out`: it
-may be pre itself. All in one dtype; name as in gemm_activation."""
+"""Returns dpre = (dy weight) act'(pre) and, if asked for, its sum over T before it is rounded; writes act(pre), which the gradient
+of fc2's weight needs, to the contiguous `out`: it may be pre itself. All in one dtype; name as in gemm_activation."""
+
+
+def _gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *tail) -> tuple[torch.Tensor | None, ...]:
+    pre = dequantize(a, scale_a, Mode.DELAYED) @ dequantize(b, scale_b, Mode.DELAYED).t()
+    if bias is not None:
+        pre = pre + bias.float()
+    return pre.to(pre_dtype), *quantize_value(value_and_slope(name, pre)[0], Quantization(*tail))
+
+
+gemm_activation_quantized = define(
+    "gemm_activation_quantized(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType pre_dtype, str name, "
+    f"{QUANTIZATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_gemm_activation_quantized,
+    kernel=("gemm_activation", "gemm_activation_quantized"),
+    fake=lambda a, b, scale_a, scale_b, bias, pre_dtype, name, *tail: (
+        a.new_empty((a.shape[0], b.shape[0]), dtype=pre_dtype),
+        *new_quantized(a, a.shape[0], b.shape[0], Quantization(*tail)),
+    ),
+)
+"""a [T, K] and b [F, K] in FP8 with one scale each, bias [F] -> (pre, *Quantized out): pre = a b^T + bias in pre_dtype with fast
+accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED."""

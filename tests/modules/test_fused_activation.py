@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import overdrive.pytorch as te
 from overdrive.functional import activation as stage
 from overdrive.functional import layernorm_mlp as node
+from overdrive.ops.quantize import Mode
+from overdrive.recipe import DelayedScaling, MMParams
 from overdrive.scaling.support import is_gemm_epilogue_available
+from overdrive.scaling.tensor import QuantizedTensor
 from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step
 from tests.numerics import RECIPES, TOLERANCES, assert_same_bits, relative_error
 
@@ -23,6 +27,8 @@ BF16 = torch.bfloat16
 
 def may_fuse(x, weight1, weight2, options) -> bool:
     """What the choice is on any device, for products of any size and, on a CPU, where the references take odd sizes."""
+    if isinstance(x, QuantizedTensor):
+        return x.mode == Mode.DELAYED and options.activation.name == "gelu" and x.shape[0] % 128 == 0
     return options.fc2.input_grad and options.fc1.rules is None and options.activation.name == "gelu"
 
 
@@ -42,7 +48,7 @@ def used(monkeypatch, device):
 
         return counted
 
-    for name in ("gemm_activation", "gemm_activation_backward"):
+    for name in ("gemm_activation", "gemm_activation_backward", "gemm_activation_quantized"):
         monkeypatch.setattr(stage, name, counting(name))
     monkeypatch.setattr(node, "FUSED_MULTIPLICATIONS", 0)
     monkeypatch.setattr(node, "_fuses_activation", may_fuse)
@@ -59,16 +65,16 @@ def apart(monkeypatch, *arguments, **options) -> Step:
         return step(*arguments, **options)
 
 
-def assert_alike(actual: Step, expected: Step, dtype: torch.dtype) -> None:
+def assert_alike(actual: Step, expected: Step, dtype: torch.dtype, recipe: str = "plain") -> None:
     for a, e in zip(actual.outputs, expected.outputs, strict=True):
-        assert relative_error(a, e) <= TOLERANCES[dtype, "plain"]
+        assert relative_error(a, e) <= TOLERANCES[dtype, recipe]
     assert actual.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
         found = actual.grads[name]
         assert (found is None) == (grad is None), name
         if grad is not None and found is not None:
             assert (found.dtype, found.shape) == (grad.dtype, grad.shape)
-            assert relative_error(found, grad) <= 2 * TOLERANCES[dtype, "plain"], name
+            assert relative_error(found, grad) <= 2 * TOLERANCES[dtype, recipe], name
 
 
 VARIANTS = [
@@ -239,11 +245,79 @@ def test_compiled_code_does_not_fuse(device, monkeypatch):
     assert_same_step(step(module, x, call=compiled), expected)
 
 
+# --- FP8 ---------------------------------------------------------------------------------------------------------------
+
+QUANTIZED = ["gemm_activation_quantized"]
+
+
+@pytest.mark.parametrize("lead", [(2, 64), (3, 128)])
+@pytest.mark.parametrize("arguments", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_delayed_scaling_is_the_layer_that_does_not_fuse(dtype, arguments, lead, device, used, monkeypatch):
+    module = build("LayerNormMLP", device, dtype, **arguments)
+    x = features(*lead, dtype=dtype, device=device)
+    twin = copy.deepcopy(module)
+    fused = check(module, x, "delayed")
+    assert used == QUANTIZED * (4 if "checkpoint" in arguments else 2)
+    for _ in range(2):
+        expected = apart(monkeypatch, twin, x, "delayed")
+    assert_alike(fused, expected, dtype, "delayed")
+
+
+def test_the_scales_follow_the_amax_that_the_epilogue_saw(device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 64, dtype=BF16, device=device)
+    recipe = DelayedScaling(amax_history_len=1, amax_compute_algo="most_recent")
+    seen, op = [], stage.gemm_activation_quantized
+
+    def recording(*arguments):
+        outputs = op(*arguments)
+        slots, slot = arguments[10], arguments[11]
+        seen.append((arguments[9][slots[slot]].item(), outputs[0].float()))
+        return outputs
+
+    stage.gemm_activation_quantized = recording  # the fixture puts the op back
+    for _ in range(2):
+        with te.autocast(recipe=recipe):
+            module(x)
+    (first, pre), (second, _) = seen
+    amax = torch.nn.functional.gelu(pre, approximate="tanh").abs().max().item()
+    assert first == 1
+    assert second == pytest.approx(448 / amax, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["current", "block"])
+def test_other_recipes_keep_their_kernels(recipe, device, used):
+    module, x = build("LayerNormMLP", device, BF16), features(2, 64, dtype=BF16, device=device)
+    check(module, x, recipe)
+    assert not used
+
+
+def test_evaluation_in_fp8_records_nothing(device, used):
+    module, x = build("LayerNormMLP", device, BF16), features(2, 64, dtype=BF16, device=device)
+    step(module, x, "delayed")
+    with torch.no_grad(), fp8("delayed"):
+        first = module(x)
+    with torch.no_grad(), fp8("delayed"):
+        assert_same_bits(module(x), first)
+    assert used == QUANTIZED * 3
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=lambda names: "+".join(sorted(names)))
+def test_any_part_may_be_frozen_in_fp8(frozen, device, used):
+    module = build("LayerNormMLP", device, BF16)
+    x = features(2, 64, dtype=BF16, device=device).requires_grad_("input" not in frozen)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    check(module, x, "delayed")
+    assert used == QUANTIZED * 2
+
+
 # --- the choice --------------------------------------------------------------------------------------------------------
 
 
 class Cuda:
-    """A bf16 matrix that says it is on a GPU."""
+    """A matrix that says it is on a GPU."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype = BF16, is_cuda: bool = True) -> None:
         self.shape, self.dtype, self.is_cuda = torch.Size((rows, cols)), dtype, is_cuda
@@ -266,7 +340,10 @@ def asked(
             torch.ones(16, IN, dtype=dtype, requires_grad=True)
         )
     options = next(argument for argument in seen[0] if isinstance(argument, node.LayerNormMLPOptions))
-    matrices = Cuda(tokens, inputs, dtype, is_cuda), Cuda(inner, inputs, dtype), Cuda(inputs, inner, dtype)
+    matrices = [Cuda(tokens, inputs, dtype, is_cuda), Cuda(inner, inputs, dtype), Cuda(inputs, inner, dtype)]
+    if options.fc1.rules is not None:
+        mode, scale = options.fc1.rules.input.mode, Cuda(1, 1, dtype, is_cuda)
+        matrices = [QuantizedTensor(None, None, scale, scale, mode, (m.shape[0], m.shape[1]), dtype) for m in matrices]
     return node._fuses_activation(*matrices, options)
 
 
@@ -289,12 +366,34 @@ def test_large_products_with_a_backward_fuse(monkeypatch):
         {"name": "silu"},
         {"name": "geglu"},
         {"no_grad": True},
-        *({"recipe": name} for name in RECIPES if name != "plain"),
+        {"recipe": "current"},
+        {"recipe": "block"},
+        *(
+            {"recipe": "delayed", **case}
+            for case in (
+                {"tokens": 896},
+                {"tokens": 8190},
+                {"dtype": torch.float32},
+                {"is_cuda": False},
+                {"able": False},
+                {"name": "silu"},
+                {"name": "geglu"},
+            )
+        ),
     ],
     ids=str,
 )
 def test_others_do_not(case, monkeypatch):
     assert not asked(monkeypatch, **case)
+
+
+def test_large_fp8_products_of_delayed_scaling_fuse(monkeypatch):
+    assert asked(monkeypatch, recipe="delayed")
+    assert asked(monkeypatch, recipe="delayed", tokens=1024, dtype=torch.float16)
+    assert asked(monkeypatch, recipe="delayed", no_grad=True)
+    monkeypatch.setattr(DelayedScaling, "fp8_gemm_fprop", MMParams(use_split_accumulator=True))
+    monkeypatch.setitem(RECIPES, "split", DelayedScaling())
+    assert not asked(monkeypatch, recipe="split")
 
 
 @pytest.mark.gpu
@@ -317,5 +416,31 @@ def test_a_large_layer_on_a_gpu(dtype, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same_step(step(module, x, call=compiled), plain)
-    graphed = te.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
-    assert_alike(step(module, x, call=graphed), fused, dtype)
+    twin = copy.deepcopy(module)  # whose gradients nothing has accumulated on another stream
+    twin.zero_grad()
+    graphed = te.make_graphed_callables(twin, (torch.randn_like(x).requires_grad_(),))
+    assert_alike(step(twin, x, call=graphed), fused, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_large_fp8_layer_on_a_gpu(dtype, monkeypatch):
+    """By its own choice, also in a CUDA graph."""
+    if not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
+    module = te.LayerNormMLP(2048, 8192, params_dtype=dtype, device="cuda")
+    x = torch.randn(4096, 2048, device="cuda", dtype=dtype, requires_grad=True)
+    twin, graphed = copy.deepcopy(module), copy.deepcopy(module)
+    uses, op = [], stage.gemm_activation_quantized
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "gemm_activation_quantized", lambda *arguments: uses.append(1) or op(*arguments))
+        for _ in range(2):
+            fused = step(module, x, "delayed")
+    assert len(uses) == 2
+    for _ in range(2):
+        plain = apart(monkeypatch, twin, x, "delayed")
+    assert_alike(fused, plain, dtype)
+    te.make_graphed_callables(graphed, (torch.randn_like(x).requires_grad_(),), enabled=True, recipe=DelayedScaling())
+    for _ in range(3):
+        replayed = step(graphed, x)
+    assert_alike(replayed, fused, dtype, "delayed")

@@ -121,8 +121,12 @@ OTHERS = {
     ],
     "gemm_activation": [lambda: (x(), x()[:16], None, "gelu"), lambda: (x(), x(kind="transposed")[:8], GAMMA[:8], "gelu")],
     "gemm_activation_backward": [
-        lambda: (x(), x(16), x()[:16], x(), "gelu"),
-        lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu"),
+        lambda: (x(), x(16), x()[:16], x(), "gelu", False),
+        lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu", True),
+    ],
+    "gemm_activation_quantized": [
+        lambda: (*fp8_operands(Mode.DELAYED, Mode.DELAYED), None, torch.bfloat16, "gelu", *tail(Mode.DELAYED, E4M3, "cpu")),
+        lambda: (*fp8_operands(Mode.DELAYED, Mode.CURRENT), torch.ones(32), torch.float16, "gelu", *RECORDED),
     ],
     "attention_forward": [
         lambda: (*heads(4, 2, 2), True, 0.1),
@@ -144,6 +148,7 @@ OTHERS = {
 }
 TENANT = tenant_id(DelayedScaling(), None)
 OWN = SlotRange(1, torch.device("cpu"))
+RECORDED = Quantization(Mode.DELAYED, E4M3, torch.ones(1024), OWN.indices(torch.device("cpu")), 1, TENANT)
 
 
 def heads(*counts: int) -> list[torch.Tensor]:
