@@ -75,8 +75,8 @@ FUSED_MULTIPLICATIONS = 2**36
 
 
 def _fuses_activation(x: Operand, weight1: Operand, weight2: Operand, options: LayerNormMLPOptions) -> bool:
-    """Whether fc1's product makes the activation in its epilogue. In high precision fc2's input gradient then makes it again, and its
-    gradient too.
+    """Whether fc1's product makes the activation in its epilogue. In high precision fc2's input gradient then makes it again, and
+    its gradient too.
 
     Measured on an H200, 8192 tokens, 4096 -> 16384: in bf16 1416 us instead of 1558 and in backward 1464 instead of 1637, in FP8
     with delayed scaling 855 us instead of 1093. An FP8 gradient would have no room for split accumulation in such a kernel.

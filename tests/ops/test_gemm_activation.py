@@ -226,11 +226,11 @@ def test_quantized_values_saturate_and_nan_stays(device):
 
 
 def test_quantized_records_its_amax(device):
-    where = torch.device(device)
+    arguments, pre64 = draw_quantized((256, 64, 208), device)
+    where = arguments[0].device  # with its index
     own = SlotRange(1, where)
     slots, state, tenant = own.indices(where), arena(where), tenant_id(DelayedScaling(), None)
     own.reset(where)
-    arguments, pre64 = draw_quantized((256, 64, 208), device)
     q = Quantization(Mode.DELAYED, E4M3, torch.ones(1024, device=device), slots, 1, -1, False, True, True)
     before = bits(state.amax).clone()
     gemm_activation_quantized(*arguments, torch.bfloat16, "gelu", *q)
