@@ -8,7 +8,7 @@ import torch
 
 from overdrive.functional.gemm import GemmOptions, calibrated, quantizing, releases
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward, activation_backward_into
-from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward, gemm_activation_quantized
+from overdrive.ops.gemm_epilogue import gemm_activation, gemm_activation_backward, gemm_activation_quantized
 from overdrive.scaling.quantizers import Scales, produce
 from overdrive.scaling.tensor import Operand, QuantizedTensor
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from overdrive.ops.gemm import gemm
-from overdrive.ops.quantize import Mode
+from overdrive.ops.gemm_epilogue import gemm_add
+from overdrive.ops.quantize import PAD, Mode
 from overdrive.ops.scaling import record_amax
 from overdrive.scaling.arena import SLOTS, with_index
 from overdrive.scaling.quantizers import Quantizer, Rules, Scales
+from overdrive.scaling.support import is_gemm_epilogue_available
 from overdrive.scaling.tensor import Operand, QuantizedTensor
 
 WeightGradSink = Callable[[Operand, Operand], tuple[torch.Tensor | None, ...]]
@@ -129,10 +131,36 @@ def release(*operands: Operand | None) -> None:
                 tensor.untyped_storage().resize_(0)
 
 
-def forward_product(x: Operand, weight: Operand, bias: torch.Tensor | None, options: GemmOptions) -> torch.Tensor:
-    """y = x w^T + bias."""
+FUSED_MULTIPLICATIONS = 2**36
+"""Of a product: below, cuBLASLt and a kernel for what follows it take no longer than one with an epilogue, and the host less."""
+
+
+def fuses_epilogue(x: Operand, weight: Operand, options: GemmOptions) -> bool:
+    """Whether kernels with epilogues (ops.gemm_epilogue) run the product x w^T and are the faster ones."""
+    if torch.compiler.is_compiling():  # not measured there
+        return False
+    if isinstance(x, QuantizedTensor):
+        rules = quantizing(options.rules)
+        fits = rules is not None and x.mode.per_tensor and not rules.recipe.fp8_gemm_fprop.use_split_accumulator
+        fits = fits and x.scale_inv.is_cuda and x.shape[0] % PAD == 0 and options.dtype in (torch.bfloat16, torch.float16)
+    else:
+        fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype == options.dtype
+        fits = fits and options.rules is None and not (weight.shape[0] % 8 or weight.shape[1] % 8)
+    return fits and x.shape[0] * weight.shape[0] * weight.shape[1] >= FUSED_MULTIPLICATIONS and is_gemm_epilogue_available()[0]
+
+
+def forward_product(
+    x: Operand, weight: Operand, bias: torch.Tensor | None, options: GemmOptions, addend: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y = x w^T + bias + addend [T, N]."""
+    if addend is not None and fuses_epilogue(x, weight, options):
+        if isinstance(x, torch.Tensor):
+            return gemm_add(x, weight, None, None, bias, addend)
+        assert isinstance(weight, QuantizedTensor)
+        return gemm_add(x.data, weight.data, x.scale_inv, weight.scale_inv, bias, addend)
     fast = options.rules is not None and not options.rules.recipe.fp8_gemm_fprop.use_split_accumulator
-    return matmul(x, weight, options.dtype, bias, fast)
+    y = matmul(x, weight, options.dtype, bias, fast)
+    return y if addend is None else y.add_(addend)
 
 
 def input_gradient(dy: Operand, weight: Operand, options: GemmOptions) -> torch.Tensor:

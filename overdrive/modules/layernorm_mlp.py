@@ -135,13 +135,13 @@ class LayerNormMLP(Module):
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         """inp [..., hidden_size] -> out of the same shape, or a tuple (out[, bias][, norm output]). Arguments as Linear's."""
-        return self._run(inp, is_first_microbatch, None, False)
+        return self._run(inp, is_first_microbatch)
 
     def forward_with_residual(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> tuple[Any, torch.Tensor]:
         """(what forward returns, inp): the gradient of the second joins that of the norm's input inside the norm's backward
         kernel.
         """
-        return self._run(inp, is_first_microbatch, None, True)
+        return self._run(inp, is_first_microbatch, keep_residual=True)
 
     def forward_fused_residual(
         self,
@@ -153,15 +153,38 @@ class LayerNormMLP(Module):
     ) -> tuple[Any, torch.Tensor]:
         """(what forward returns for r, r), where r = residual + dropout(x + bias) comes out of the norm's own kernel."""
         seed = dropout_seed(p_dropout, x.device) if self.training else None
-        return self._run(x, is_first_microbatch, Residual(residual, bias, p_dropout if seed is not None else 0.0, seed), True)
+        front = Residual(residual, bias, p_dropout if seed is not None else 0.0, seed)
+        return self._run(x, is_first_microbatch, front, keep_residual=True)
 
-    def _run(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool) -> Any:
+    def forward_between_residuals(
+        self, x: torch.Tensor, residual: torch.Tensor, is_first_microbatch: bool | None = None
+    ) -> torch.Tensor:
+        """r + forward(r), where r = residual + x: both sums in the kernels before and after them where those can."""
+        return self._run(x, is_first_microbatch, Residual(residual, None), add_input=True)
+
+    def _run(
+        self,
+        inp: torch.Tensor,
+        first: bool | None,
+        front: Residual | None = None,
+        keep_residual: bool = False,
+        add_input: bool = False,
+    ) -> Any:
         dtype = self._check_input(inp, self.hidden_size, self.fc1_weight, "hidden_size")
         if self.checkpoint and torch.is_grad_enabled():
-            return torch_checkpoint(self._forward, inp, first, front, residual, dtype, use_reentrant=False)
-        return self._forward(inp, first, front, residual, dtype)
+            arguments = (inp, first, front, keep_residual, add_input, dtype)
+            return torch_checkpoint(self._forward, *arguments, use_reentrant=False)
+        return self._forward(inp, first, front, keep_residual, add_input, dtype)
 
-    def _forward(self, inp: torch.Tensor, first: bool | None, front: Residual | None, residual: bool, dtype: torch.dtype) -> Any:
+    def _forward(
+        self,
+        inp: torch.Tensor,
+        first: bool | None,
+        front: Residual | None,
+        keep_residual: bool,
+        add_input: bool,
+        dtype: torch.dtype,
+    ) -> Any:
         context, training = current_context()
         with without_autocast(inp.device):
             weights1, weights2 = self._weights_of(0), self._weights_of(1)
@@ -187,7 +210,8 @@ class LayerNormMLP(Module):
                 options2,
                 fc1.count,
                 self.return_layernorm_output,
-                residual,
+                keep_residual,
+                add_input,
                 front is not None,
                 0.0 if front is None else front.p,
                 front is not None and front.bias is not None and front.bias.requires_grad,
@@ -199,7 +223,7 @@ class LayerNormMLP(Module):
         if self.return_layernorm_output:
             outputs.append(rest[0])
         result = outputs[0] if len(outputs) == 1 else tuple(outputs)
-        return (result, rest[-1]) if residual else result
+        return (result, rest[-1]) if keep_residual else result
 
     def extra_repr(self) -> str:
         return (

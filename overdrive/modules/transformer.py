@@ -271,8 +271,7 @@ class TransformerLayer(torch.nn.Module):
         if self.parallel_attention_mlp:
             mlp_out, residual = with_residual(self.layernorm_mlp, residual, is_first_microbatch=is_first_microbatch)
             return self._add(attended, residual, samples, mlp_out)
-        out, residual = self._mlp(*_branch(attended, residual), samples, is_first_microbatch)
-        out = self._add(out, residual, samples)
+        out = self._mlp(*_branch(attended, residual), samples, is_first_microbatch)
         return self.layernorm(out) if self.output_layernorm else out
 
     def _refuse_cross(self, *arguments: Any) -> None:
@@ -284,13 +283,18 @@ class TransformerLayer(torch.nn.Module):
                     "layer_type='decoder'"
                 )
 
-    def _mlp(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, first: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The MLP's (x, residual), its input being residual + dropout(x)."""
-        if watched(self.layernorm_mlp, "forward_fused_residual") or (self.training and self.drop_path_rate > 0):
+    def _mlp(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, first: bool | None) -> torch.Tensor:
+        """The MLP and both residual sums around it: of x and the residual before it, and after it."""
+        mlp = self.layernorm_mlp
+        dropout, drop_path = (self.hidden_dropout, self.drop_path_rate) if self.training else (0.0, 0.0)
+        if watched(mlp, "forward_fused_residual") or drop_path > 0:
             hidden = self._add(x, residual, samples)
-            return _branch(*with_residual(self.layernorm_mlp, hidden, is_first_microbatch=first))
-        dropout = self.hidden_dropout if self.training else 0.0
-        return _branch(*self.layernorm_mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
+            x, residual = _branch(*with_residual(mlp, hidden, is_first_microbatch=first))
+        elif dropout > 0 or mlp.return_layernorm_output:
+            x, residual = _branch(*mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
+        else:
+            return mlp.forward_between_residuals(x, residual, first)
+        return self._add(x, residual, samples)
 
     def _add(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.training:

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from overdrive.ops.activation import value_and_slope
-from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward, gemm_activation_quantized
+from overdrive.ops.gemm_epilogue import gemm_activation, gemm_activation_backward, gemm_activation_quantized
 from overdrive.ops.library import constant_result
 from overdrive.ops.quantize import BLOCK, Mode, Quantization
 from overdrive.recipe import Recipe

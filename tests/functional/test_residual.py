@@ -107,12 +107,17 @@ def test_another_branch_as_bias(device):
     assert all((grad == 1).all() for grad in grads)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["apart", "before", "around"])
 def test_gradients_of_both_branches_are_not_one_memory(device, fused):
     """Without dropout both leaves get the same gradient; adding into one must not change the other."""
     x, residual = (torch.randn(4, 32, device=device, requires_grad=True) for _ in range(2))
     mlp = te.LayerNormMLP(32, 64, device=device)
-    out = mlp.forward_fused_residual(x, None, residual, 0.0)[1] if fused else bias_dropout_add(x, None, residual)
+    if fused == "apart":
+        out = bias_dropout_add(x, None, residual)
+    elif fused == "before":
+        out = mlp.forward_fused_residual(x, None, residual, 0.0)[1]
+    else:
+        out = mlp.forward_between_residuals(x, residual)
     out.sum().backward()
     before = residual.grad.clone()
     x.grad.add_(1)

@@ -86,7 +86,10 @@ def test_what_is_returned_and_the_gradients_through_all_of_it(recipe, bias, retu
 # --- checkpoint -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["forward", "forward_with_residual", "forward_fused_residual"])
+METHODS = ("forward", "forward_with_residual", "forward_fused_residual", "forward_between_residuals")
+
+
+@pytest.mark.parametrize("method", METHODS)
 @recipes
 def test_checkpoint_changes_no_bit_and_keeps_only_its_inputs(recipe, method, device):
     arguments = {"return_bias": True, "return_layernorm_output": True, "activation": "geglu"}
@@ -95,7 +98,7 @@ def test_checkpoint_changes_no_bit_and_keeps_only_its_inputs(recipe, method, dev
     x = features(*TOKENS, dtype=torch.bfloat16, device=device)
     residual = features(*TOKENS, dtype=torch.bfloat16, device=device)
     bias = features(dtype=torch.bfloat16, device=device)
-    more = (bias, residual, 0.3) if method == "forward_fused_residual" else ()
+    more = {"forward_fused_residual": (bias, residual, 0.3), "forward_between_residuals": (residual,)}.get(method, ())
     kept = []
     for _ in range(3):  # delayed scaling: the amaxes that one step records are the next one's scales
         steps, sizes = [], []
@@ -177,6 +180,51 @@ def test_forward_fused_residual_is_dropout_add_and_forward(recipe, options, p, b
     check(module, x, recipe, formula, call)
     for name, tensor in extra.items():
         assert_close(tensor.grad, others[name].grad, torch.float32, recipe, f"gradient of {name}", 5)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@recipes
+def test_forward_between_residuals_is_both_sums(recipe, options, device):
+    module = build("LayerNormMLP", device, torch.bfloat16, **options)
+    x, residual = (features(*TOKENS, dtype=torch.bfloat16, device=device) for _ in range(2))
+    other = residual.detach().cpu().double().requires_grad_()
+    plain = formula_of(module)
+
+    def formula(x, parameters):
+        hidden = other + x
+        out, *rest = plain(hidden, parameters)
+        return (hidden + out, *rest)
+
+    def call(x):
+        residual.grad = None
+        return module.forward_between_residuals(x, residual)
+
+    result = check(module, x, recipe, formula, call)
+    assert_close(residual.grad, other.grad, torch.bfloat16, recipe, "gradient of residual", 5)
+    apart, hidden = module.forward_fused_residual(x, None, residual, 0.0)
+    assert len(tuple_of(apart)) == len(result.outputs)
+    assert hidden.shape == x.shape
+
+
+@recipes
+def test_forward_between_residuals_gives_the_bits_of_the_sums_apart(recipe, device):
+    """Below the size from which a kernel rounds once instead of twice."""
+    modules = [build("LayerNormMLP", device, torch.bfloat16) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x, residual = (features(*TOKENS, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def apart(x):
+        out, hidden = modules[1].forward_fused_residual(x, None, residual, 0.0)
+        return hidden + out
+
+    steps = []
+    for module, call in ((modules[0], lambda x: modules[0].forward_between_residuals(x, residual)), (modules[1], apart)):
+        residual.grad = None
+        for _ in range(2):
+            residual.grad = None
+            result = step(module, x, recipe, call)
+        steps.append(result._replace(grads={**result.grads, "residual": residual.grad}))
+    assert_same_step(*steps)
 
 
 def test_dropout_before_the_norm_is_off_in_evaluation_and_new_each_time_in_training(device):

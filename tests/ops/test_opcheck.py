@@ -9,7 +9,7 @@ from overdrive.ops import (  # noqa: F401  (define the ops)
     activation,
     attention,
     gemm,
-    gemm_activation,
+    gemm_epilogue,
     kv_cache,
     norm,
     norm_gemm,
@@ -124,6 +124,10 @@ OTHERS = {
         lambda: (x(), x(16), x()[:16], x(), "gelu", False),
         lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu", True),
     ],
+    "gemm_add": [
+        lambda: (x(), x()[:16], None, None, None, x(16)),
+        lambda: (*fp8_operands(Mode.CURRENT, Mode.DELAYED), GAMMA[:32], draw(32, 32, dtype=torch.bfloat16)),
+    ],
     "gemm_activation_quantized": [
         lambda: (*fp8_operands(Mode.DELAYED, Mode.DELAYED), None, torch.bfloat16, "gelu", *tail(Mode.DELAYED, E4M3, "cpu")),
         lambda: (*fp8_operands(Mode.DELAYED, Mode.CURRENT), torch.ones(32), torch.float16, "gelu", *RECORDED),
@@ -172,7 +176,7 @@ def tails(device: str) -> list[Quantization]:
 def check(name: str, arguments: tuple, device: str) -> None:
     if device == "cuda" and name.startswith("attention_"):
         pytest.importorskip("flash_attn.cute", reason="its kernels are those of flash-attn-4")
-    if device == "cuda" and name.startswith("gemm_activation") and not is_gemm_epilogue_available()[0]:
+    if device == "cuda" and name.startswith(("gemm_activation", "gemm_add")) and not is_gemm_epilogue_available()[0]:
         pytest.skip(is_gemm_epilogue_available()[1])
     arguments = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in arguments)
     fp8 = any(isinstance(arg, torch.Tensor) and arg.dtype == E4M3 for arg in arguments)

@@ -1,4 +1,4 @@
-"""ops.gemm_activation: a product with its activation, the gradient of the one after it; against float64 and the separate ops."""
+"""ops.gemm_epilogue: products with an activation, the gradient of one or a sum; against float64 and the separate ops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward
 from overdrive.ops.gemm import gemm
-from overdrive.ops.gemm_activation import gemm_activation, gemm_activation_backward, gemm_activation_quantized
+from overdrive.ops.gemm_epilogue import gemm_activation, gemm_activation_backward, gemm_activation_quantized, gemm_add
 from overdrive.ops.quantize import Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
@@ -156,6 +156,29 @@ def test_the_reference_knows_every_activation_that_does_not_gate(name):
     assert relative_error(dbias, bias_apart) < 1e-6
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sum(shape, dtype, bias, device):
+    x, weight, bias = draw_forward(shape, dtype, device, bias)
+    addend = draw(shape[0], shape[2], dtype=dtype, device=device)
+    kept = addend.clone()
+    out = gemm_add(x, weight, None, None, bias, addend)
+    x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
+    assert (out.dtype, out.is_contiguous()) == (dtype, True)
+    assert_close(out, x64 @ weight64.t() + (0 if bias64 is None else bias64) + addend64, dtype)
+    assert_same_bits(addend, kept)
+    assert_same_bits(out, gemm_add(x, weight, None, None, bias, addend))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_sum_layouts(kind, device):
+    x, weight, bias = draw_forward((136, 72, 200), torch.bfloat16, device, kind=kind)
+    addend = draw(136, 200, dtype=torch.bfloat16, device=device, kind=kind)
+    x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
+    assert_close(gemm_add(x, weight, None, None, bias, addend), x64 @ weight64.t() + bias64 + addend64, torch.bfloat16)
+
+
 # --- FP8 ---------------------------------------------------------------------------------------------------------------
 
 FP8_SHAPES = (  # tokens, inputs, outputs; tokens fill the tiles, as the layer has them; outputs and the contraction need not
@@ -205,6 +228,15 @@ def test_quantized(shape, dtype, bias, device):
     a, b, scale_a, scale_b, bias = arguments
     apart = gemm(a, b, scale_a, scale_b, bias, dtype, Mode.CURRENT, Mode.CURRENT, True)
     assert relative_error(pre, apart) <= TOLERANCES[dtype, "plain"] / 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [*FP8_SHAPES, (16, 32, 48), (400, 272, 304)])
+def test_quantized_operands_and_a_sum(shape, dtype, bias, device):
+    (*operands, bias), product64 = draw_quantized(shape, device, dtype, bias)
+    addend = draw(*product64.shape, dtype=dtype, device=device)
+    assert_close(gemm_add(*operands, bias, addend), product64 + addend.cpu().double(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

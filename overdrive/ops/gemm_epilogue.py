@@ -1,8 +1,8 @@
-"""The product before an activation with that in its epilogue, and the input gradient of the product after it with its gradient.
+"""Products with what follows them in their epilogue: an activation, the gradient of one, a sum.
 
 Shapes: x [T, K], weight [F, K] and bias [F] of fc1, pre and out [T, F]; dy [T, N], weight [N, F] of fc2. Sums and activations: f32.
-On CUDA: fp16 and bf16 with K, F and N multiples of 8, or FP8 with T a multiple of 128, and what
-`scaling.support.is_gemm_epilogue_available` asks for.
+On CUDA: fp16 and bf16 with K, F and N multiples of 8, or FP8 of which they are multiples of 16 (T of 128 where an amax is taken),
+and what `scaling.support.is_gemm_epilogue_available` asks for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _gemm_activation(x, weight, bias, name) -> tuple[torch.Tensor, torch.Tensor]
 gemm_activation = define(
     "gemm_activation(Tensor x, Tensor weight, Tensor? bias, str name) -> (Tensor, Tensor)",
     reference=_gemm_activation,
-    kernel=("gemm_activation", "gemm_activation"),
+    kernel=("gemm_epilogue", "gemm_activation"),
     fake=lambda x, weight, bias, name: (x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], weight.shape[0]))),
 )
 """x, weight, bias -> (pre, out): pre = x weight^T + bias and out = act(pre) before pre is rounded, both in x's dtype, which is the
@@ -41,7 +41,7 @@ def _gemm_activation_backward(out, dy, weight, pre, name, bias_grad) -> tuple[to
 gemm_activation_backward = define(
     "gemm_activation_backward(Tensor(a!) out, Tensor dy, Tensor weight, Tensor pre, str name, bool bias_grad) -> (Tensor, Tensor)",
     reference=_gemm_activation_backward,
-    kernel=("gemm_activation", "gemm_activation_backward"),
+    kernel=("gemm_epilogue", "gemm_activation_backward"),
     fake=lambda out, dy, weight, pre, name, bias_grad: (
         pre.new_empty(pre.shape),
         pre.new_empty(pre.shape[1]) if bias_grad else None,
@@ -62,7 +62,7 @@ gemm_activation_quantized = define(
     "gemm_activation_quantized(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType pre_dtype, str name, "
     f"{QUANTIZATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_gemm_activation_quantized,
-    kernel=("gemm_activation", "gemm_activation_quantized"),
+    kernel=("gemm_epilogue", "gemm_activation_quantized"),
     fake=lambda a, b, scale_a, scale_b, bias, pre_dtype, name, *tail: (
         a.new_empty((a.shape[0], b.shape[0]), dtype=pre_dtype),
         *new_quantized(a, a.shape[0], b.shape[0], Quantization(*tail)),
@@ -70,3 +70,21 @@ gemm_activation_quantized = define(
 )
 """a [T, K] and b [F, K] in FP8 with one scale each, bias [F] -> (pre, *Quantized out): pre = a b^T + bias in pre_dtype with fast
 accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED."""
+
+
+def _gemm_add(a, b, scale_a, scale_b, bias, addend) -> torch.Tensor:
+    if scale_a is None:
+        out = a.float() @ b.float().t()
+    else:
+        out = dequantize(a, scale_a, Mode.CURRENT) @ dequantize(b, scale_b, Mode.CURRENT).t()
+    return ((out if bias is None else out + bias.float()) + addend.float()).to(addend.dtype)
+
+
+gemm_add = define(
+    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor addend) -> Tensor",
+    reference=_gemm_add,
+    kernel=("gemm_epilogue", "gemm_add"),
+    fake=lambda a, b, scale_a, scale_b, bias, addend: addend.new_empty(addend.shape),
+)
+"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in addend's dtype, which is the bias's and, without scales, that of
+a and b too. With scales, one each, a and b are FP8: fast accumulation."""

@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 import overdrive.pytorch as te
 from overdrive.functional import activation as stage
+from overdrive.functional import gemm as products
 from overdrive.functional import layernorm_mlp as node
 from overdrive.ops.quantize import Mode
 from overdrive.recipe import DelayedScaling, MMParams
 from overdrive.scaling.support import is_gemm_epilogue_available
 from overdrive.scaling.tensor import QuantizedTensor
 from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step
-from tests.numerics import RECIPES, TOLERANCES, assert_same_bits, relative_error
+from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits, relative_error
 
 HALVES = (torch.float16, torch.bfloat16)
 STREAMS = "ignore:The AccumulateGrad node's stream:UserWarning"  # a graph is captured on a stream of its own
@@ -51,7 +52,7 @@ def used(monkeypatch, device):
 
     for name in ("gemm_activation", "gemm_activation_backward", "gemm_activation_quantized"):
         monkeypatch.setattr(stage, name, counting(name))
-    monkeypatch.setattr(node, "FUSED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products, "FUSED_MULTIPLICATIONS", 0)
     monkeypatch.setattr(node, "_fuses_activation", may_fuse)
     return uses
 
@@ -238,8 +239,8 @@ def test_compiled_code_has_the_ops_in_its_one_graph(device, used, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 def test_compiled_code_does_not_fuse(device, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(node, "FUSED_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(node, "is_gemm_epilogue_available", lambda: pytest.fail("nobody compiled may ask"))
+    monkeypatch.setattr(products, "FUSED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(products, "is_gemm_epilogue_available", lambda: pytest.fail("nobody compiled may ask"))
     module, x = build("LayerNormMLP", device, BF16), features(2, 16, dtype=BF16, device=device)
     expected = apart(monkeypatch, module, x)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -314,6 +315,33 @@ def test_any_part_may_be_frozen_in_fp8(frozen, device, used):
     assert used == QUANTIZED * 2
 
 
+# --- the sum after the layer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["plain", "delayed", "current"])
+@pytest.mark.parametrize("arguments", VARIANTS[:4] + VARIANTS[5:], ids=str)
+def test_the_sum_after_the_layer(arguments, recipe, device, used, monkeypatch):
+    added, op = [], products.gemm_add
+    monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
+    monkeypatch.setattr(products, "fuses_epilogue", lambda *_: True)
+    module = build("LayerNormMLP", device, BF16, **arguments)
+    x, residual = (features(2, 64, dtype=BF16, device=device) for _ in range(2))
+    other = residual.detach().cpu().double().requires_grad_()
+    plain = formula_of(module)
+
+    def formula(x, p):
+        out, *rest = plain(other + x, p)
+        return (other + x + out, *rest)
+
+    def call(x):
+        residual.grad = None
+        return module.forward_between_residuals(x, residual)
+
+    check(module, x, recipe, formula, call)
+    assert len(added) == (2 if recipe == "delayed" else 1) * (2 if "checkpoint" in arguments else 1)
+    assert_close(residual.grad, other.grad, BF16, recipe, "gradient of residual", 5)
+
+
 # --- the choice --------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +359,7 @@ def asked(
     monkeypatch, tokens=8192, inputs=4096, inner=16384, dtype=BF16, is_cuda=True, able=True, recipe="plain", name="gelu", **frozen
 ):
     """What `_fuses_activation` says to the options that a module makes."""
-    monkeypatch.setattr(node, "is_gemm_epilogue_available", lambda: (able, "" if able else "no"))
+    monkeypatch.setattr(products, "is_gemm_epilogue_available", lambda: (able, "" if able else "no"))
     seen = []
     monkeypatch.setattr(node, "_apply", lambda *arguments: seen.append(arguments) or (arguments[0].clone(),))
     with fp8(recipe), contextlib.ExitStack() as stack:
@@ -395,6 +423,26 @@ def test_large_fp8_products_of_delayed_scaling_fuse(monkeypatch):
     monkeypatch.setattr(DelayedScaling, "fp8_gemm_fprop", MMParams(use_split_accumulator=True))
     monkeypatch.setitem(RECIPES, "split", DelayedScaling())
     assert not asked(monkeypatch, recipe="split")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["plain", "delayed", "current", "block"])
+def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):
+    """Its last sum is in the last product's epilogue; hooks on the MLP see the MLP's own output."""
+    if not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
+    options = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "params_dtype": BF16, "device": "cuda"}
+    layer = te.TransformerLayer(2048, 8192, 16, **options)
+    x = torch.randn(256, 16, 2048, device="cuda", dtype=BF16, requires_grad=True)
+    twin, added, op = copy.deepcopy(layer), [], products.gemm_add
+    monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
+    seen = []
+    twin.layernorm_mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for _ in range(2):
+        fused, apart_ = step(layer, x, recipe), step(twin, x, recipe)
+    assert len(added) == (0 if recipe == "block" else 2)
+    assert len(seen) == 2
+    assert_alike(fused, apart_, BF16, recipe)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""GEMMs for Hopper with an activation in their epilogue, in CuTe: on the GEMM of quack-kernels (Apache-2.0), which comes with
+"""GEMMs for Hopper with what follows them in their epilogue, in CuTe: on the GEMM of quack-kernels (Apache-2.0), which comes with
 flash-attn-4.
 
 quack brings copies, main loop, tiles and stores; ours are the arithmetic of the epilogues and how they read and record the scales
@@ -176,6 +176,11 @@ def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale, bias=None):
     return {"D": result["D"], "data": quantized, "data_t": quantized, "amax": result["out"]}
 
 
+def _sum_epilogue(acc, c, scale_a=None, scale_b=None, bias=None):
+    product = acc if scale_a is None else acc * (scale_a * scale_b)
+    return {"D": (product if bias is None else product + bias) + c}
+
+
 # --- kernels -------------------------------------------------------------------------------------------------------------------
 
 
@@ -222,19 +227,15 @@ def _kernel(name: str, epilogue: Callable[..., Any], *ops: EpiOp, reads_c: bool 
 
 
 _BIAS = RowVecLoad("bias")
+_SCALES = (Scalar("scale_a"), Scalar("scale_b"))
 _Gelu = _kernel("_Gelu", _gelu_epilogue, _BIAS, TileStore("out"))
 _GeluGradient = _kernel("_GeluGradient", _gelu_gradient_epilogue, RowVecReduce("total"), TileStore("out"), reads_c=True)
-_GeluQuantized = _kernel(
-    "_GeluQuantized",
-    _gelu_quantized_epilogue,
-    *(Scalar("scale_a"), Scalar("scale_b")),
-    *_DELAYED,
-    _BIAS,
-    *(TileStore("data"), TileStore("data_t")),
-)
+_FORMS = (TileStore("data"), TileStore("data_t"))
+_GeluQuantized = _kernel("_GeluQuantized", _gelu_quantized_epilogue, *_SCALES, *_DELAYED, _BIAS, *_FORMS)
+_Sum = _kernel("_Sum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True)
 
 TILE = (128, 192)
-QUANTIZED_TILE = (128, 128)
+FP8_TILE = (128, 128)
 _plans: dict[Any, Any] = {}
 
 
@@ -307,8 +308,16 @@ def gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *ta
     rows, cols = a.shape[0], b.shape[0]
     pre, out = a.new_empty((rows, cols), dtype=pre_dtype), new_quantized(a, rows, cols, q)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias), **_delayed(q, out, a.device)}
-    _run(_GeluQuantized, QUANTIZED_TILE, a, b, pre, values)
+    _run(_GeluQuantized, FP8_TILE, a, b, pre, values)
     return pre, *out
+
+
+def gemm_add(a, b, scale_a, scale_b, bias, addend):
+    """overdrive::gemm_add."""
+    out = addend.new_empty(addend.shape)
+    values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
+    _run(_Sum, TILE if scale_a is None else FP8_TILE, a, b, out, values, _readable(addend))
+    return out
 
 
 def _delayed(q: Quantization, out: Quantized, device: torch.device) -> dict[str, Any]:
