@@ -235,7 +235,6 @@ _GeluQuantized = _kernel("_GeluQuantized", _gelu_quantized_epilogue, *_SCALES, *
 _Sum = _kernel("_Sum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True)
 
 TILE = (128, 192)
-FP8_TILE = (128, 128)
 _plans: dict[Any, Any] = {}
 
 
@@ -249,7 +248,6 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _run(
     kernel: type,
-    tile: tuple[int, int],
     a: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor,
@@ -260,7 +258,7 @@ def _run(
     a, b = _readable(a), _readable(b)
     values = {name: value for name, value in values.items() if value is not None}
     kinds = tuple((name, value.dtype) for name, value in values.items() if isinstance(value, torch.Tensor))
-    key = (kernel, tile, a.get_device(), a.dtype, b.dtype, a.is_contiguous(), b.is_contiguous(), out.dtype, kinds)
+    key = (kernel, a.get_device(), a.dtype, b.dtype, a.is_contiguous(), b.is_contiguous(), out.dtype, kinds)
     with torch.cuda.device(a.device):
         plan = _plans.get(key)
         if plan is not None:
@@ -269,7 +267,7 @@ def _run(
         with warnings.catch_warnings():  # of its compiler
             warnings.simplefilter("ignore")
             plan = build_gemm_epi_plan(
-                kernel, (9, 0), a, b, out, c, epi_values=values, tile_M=tile[0], tile_N=tile[1], cluster_M=2, cluster_N=1,
+                kernel, (9, 0), a, b, out, c, epi_values=values, tile_M=TILE[0], tile_N=TILE[1], cluster_M=2, cluster_N=1,
                 pingpong=True, post_init_attrs=(("source", _SOURCE),),
             )  # fmt: skip
             run_gemm_epi_plan(plan, a, b, out, c, values)
@@ -285,7 +283,7 @@ def _row(bias: torch.Tensor | None) -> torch.Tensor | None:
 def gemm_activation(x, weight, bias, name):
     """overdrive::gemm_activation."""
     pre, out = (x.new_empty((x.shape[0], weight.shape[0])) for _ in range(2))
-    _run(_Gelu, TILE, x, weight, pre, {"bias": _row(bias), "out": out})
+    _run(_Gelu, x, weight, pre, {"bias": _row(bias), "out": out})
     return pre, out
 
 
@@ -294,7 +292,7 @@ def gemm_activation_backward(out, dy, weight, pre, name, bias_grad):
     rows, cols = pre.shape
     dpre = pre.new_empty((rows, cols))
     partial = pre.new_empty((-(-rows // TILE[0]), cols), dtype=torch.float32) if bias_grad else None
-    _run(_GeluGradient, TILE, dy, weight.t(), dpre, {"total": partial, "out": out}, _readable(pre))
+    _run(_GeluGradient, dy, weight.t(), dpre, {"total": partial, "out": out}, _readable(pre))
     if partial is None:
         return dpre, None
     total = pre.new_empty(cols)
@@ -308,7 +306,7 @@ def gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *ta
     rows, cols = a.shape[0], b.shape[0]
     pre, out = a.new_empty((rows, cols), dtype=pre_dtype), new_quantized(a, rows, cols, q)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias), **_delayed(q, out, a.device)}
-    _run(_GeluQuantized, FP8_TILE, a, b, pre, values)
+    _run(_GeluQuantized, a, b, pre, values)
     return pre, *out
 
 
@@ -316,7 +314,7 @@ def gemm_add(a, b, scale_a, scale_b, bias, addend):
     """overdrive::gemm_add."""
     out = addend.new_empty(addend.shape)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
-    _run(_Sum, TILE if scale_a is None else FP8_TILE, a, b, out, values, _readable(addend))
+    _run(_Sum, a, b, out, values, _readable(addend))
     return out
 
 

@@ -442,6 +442,8 @@ def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):
         fused, apart_ = step(layer, x, recipe), step(twin, x, recipe)
     assert len(added) == (0 if recipe == "block" else 2)
     assert len(seen) == 2
+    for result in (fused, apart_):
+        del result.grads["self_attention.layernorm_qkv.key_bias"]  # is zero but for rounding: softmax does not see it
     assert_alike(fused, apart_, BF16, recipe)
 
 
