@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from overdrive.ops.column_sum import column_sum
 from overdrive.ops.gemm import gemm
 from overdrive.ops.gemm_epilogue import gemm_add
 from overdrive.ops.quantize import PAD, Mode
@@ -102,6 +101,11 @@ def grad_operand(dy: torch.Tensor, options: GemmOptions, scales: Scales) -> tupl
     if rules is not None:
         return rules.grad_output(dy, scales, options.input_grad, options.weight_grad, options.bias_grad)
     return dy, column_sum(dy) if options.bias_grad else None
+
+
+def column_sum(dy: torch.Tensor) -> torch.Tensor:
+    """dy summed over tokens in f32, in dy's dtype."""
+    return dy.sum(0, dtype=torch.float32).to(dy.dtype) if dy.device.type == "cpu" else dy.sum(0)
 
 
 def for_backward(operand: Operand) -> Operand:

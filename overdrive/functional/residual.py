@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from overdrive.functional.gemm import column_sum
 from overdrive.functional.node import applied, first_order
-from overdrive.ops.column_sum import column_sum
 from overdrive.ops.residual import residual_add, residual_backward
 
 

@@ -226,9 +226,3 @@ def test_block_gemm(compiled, monkeypatch, with_bias, out, dtype):
     scale_a, scale_b = torch.ones(4, 48).t(), torch.ones(3, 4)
     launch("gemm", "block_gemm", a, b, scale_a, scale_b, GAMMA if with_bias else None, out)
     assert len(compiled) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_column_sum(compiled, dtype):
-    launch("column_sum", "column_sum", torch.ones(2048, 2064, dtype=dtype))
-    assert len(compiled) == 2

@@ -8,7 +8,6 @@ import torch
 from overdrive.ops import (  # noqa: F401  (define the ops)
     activation,
     attention,
-    column_sum,
     gemm,
     gemm_epilogue,
     kv_cache,
@@ -125,7 +124,6 @@ OTHERS = {
         lambda: (x(), x(16), x()[:16], x(), "gelu", False),
         lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu", True),
     ],
-    "column_sum": [lambda: (x(),), lambda: (x(kind="transposed"),)],
     "gemm_add": [
         lambda: (x(), x()[:16], None, None, None, x(16)),
         lambda: (*fp8_operands(Mode.CURRENT, Mode.DELAYED), GAMMA[:32], draw(32, 32, dtype=torch.bfloat16)),
