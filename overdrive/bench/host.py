@@ -22,6 +22,7 @@ from overdrive.bench.outcome import Outcome
 from overdrive.bench.plain import EagerLayer, Spec
 from overdrive.bench.timing import Protocol, Visit, measure, timed
 from overdrive.common.recipe import Recipe
+from overdrive.modules.graphs import kept_scaling
 
 STEPS_A_VISIT = 10
 AS_GRAPH = " as a CUDA graph"
@@ -66,7 +67,8 @@ def graphed(case: Case, entry: Entry) -> Competitor:
     """An entry captured as CUDA graphs, one forward and one backward."""
 
     def capture(_: EagerLayer) -> nn.Module:
-        return torch.cuda.make_graphed_callables(Alone(entry.module), (case.inputs[0],))  # pyright: ignore[reportReturnType]
+        with kept_scaling(entry.module):  # the warm-up's gradients are whatever lies in memory
+            return torch.cuda.make_graphed_callables(Alone(entry.module), (case.inputs[0],))  # pyright: ignore[reportReturnType]
 
     return Competitor(f"{entry.name}{AS_GRAPH}", capture, fp8=entry.fp8)
 

@@ -3,8 +3,9 @@ flash-attn-4.
 
 quack brings copies, main loop, tiles and stores; ours are the arithmetic of the epilogues and how they read and record the scales
 of delayed scaling. Kernels are compiled for each dtype when first called; a CUDA graph needs a warm-up before it, as it does for
-any kernel. Tiles are the best of those measured on an H200: two of each multiprocessor's warpgroups take turns, so that one's
-epilogue hides behind the other's product. quack has to lie in a folder named site-packages or dist-packages, where pip puts it.
+any kernel. The tile is the best of those measured on an H200: two of each multiprocessor's warpgroups take turns, so that one's
+epilogue hides behind the other's product; with split accumulation, which takes the registers of two tiles, they share one. quack
+has to lie in a folder named site-packages or dist-packages, where pip puts it.
 """
 
 from __future__ import annotations
@@ -176,20 +177,17 @@ def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale, bias=None):
     return {"D": result["D"], "data": quantized, "data_t": quantized, "amax": result["out"]}
 
 
-def _sum_epilogue(acc, c, scale_a=None, scale_b=None, bias=None):
-    product = acc if scale_a is None else acc * (scale_a * scale_b)
-    return {"D": (product if bias is None else product + bias) + c}
+def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None):
+    out = acc if scale_a is None else acc * (scale_a * scale_b)
+    out = out if bias is None else out + bias
+    return {"D": out if c is None else out + c}
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------------------
 
 
-class _Gemm(_EpiModMixinBase, GemmSm90):
-    """quack's GEMM with an epilogue of the ops whose arguments a call gives. FP8 sums stay in the tensor cores, as in cuBLASLt's
-    fast accumulation."""
-
-    def __init__(self, a_dtype: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(a_dtype, *args, **kwargs, fp8_fast_accum=True)
+class _Split(_EpiModMixinBase, GemmSm90):
+    """quack's GEMM with an epilogue of the ops whose arguments a call gives. Of FP8, sums of 128 products are added in f32."""
 
     def epi_to_underlying_arguments(self, args, *, loc=None, ip=None):
         def given(names):
@@ -197,12 +195,20 @@ class _Gemm(_EpiModMixinBase, GemmSm90):
 
         kind = type(self)
         operands = dict(kind._epi_mod_operands)
-        self._epi_mod_operands = tuple((name, operands[name]) for name in operands if name == "c" or given((name,)))
+        read = {*given(name for name in operands if name != "c"), *(("c",) if self.c_dtype is not None else ())}
+        self._epi_mod_operands = tuple((name, port) for name, port in operands.items() if name in read)
         self._epi_mod_outputs, self._epi_mod_sinks = given(kind._epi_mod_outputs), given(kind._epi_mod_sinks)
         return super().epi_to_underlying_arguments(args, loc=loc, ip=ip)
 
 
-def _kernel(name: str, epilogue: Callable[..., Any], *ops: EpiOp, reads_c: bool = False) -> type:
+class _Fast(_Split):
+    """FP8 sums stay in the tensor cores, as in cuBLASLt's fast accumulation."""
+
+    def __init__(self, a_dtype: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(a_dtype, *args, **kwargs, fp8_fast_accum=True)
+
+
+def _kernel(name: str, epilogue: Callable[..., Any], *ops: EpiOp, reads_c: bool = False, base: type = _Fast) -> type:
     """A kernel's class, found again by its name in this module, as quack wants it."""
     fields = [(op.name, op.arg_spec_type()) for op in ops]
     tensor = EpiOp("").arg_spec_type()
@@ -223,7 +229,7 @@ def _kernel(name: str, epilogue: Callable[..., Any], *ops: EpiOp, reads_c: bool 
         "__module__": __name__,
         "__qualname__": name,
     }
-    return type(name, (_Gemm,), body)
+    return type(name, (base,), body)
 
 
 _BIAS = RowVecLoad("bias")
@@ -233,6 +239,7 @@ _GeluGradient = _kernel("_GeluGradient", _gelu_gradient_epilogue, RowVecReduce("
 _FORMS = (TileStore("data"), TileStore("data_t"))
 _GeluQuantized = _kernel("_GeluQuantized", _gelu_quantized_epilogue, *_SCALES, *_DELAYED, _BIAS, *_FORMS)
 _Sum = _kernel("_Sum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True)
+_SplitSum = _kernel("_SplitSum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True, base=_Split)
 
 TILE = (128, 192)
 _plans: dict[Any, Any] = {}
@@ -258,7 +265,7 @@ def _run(
     a, b = _readable(a), _readable(b)
     values = {name: value for name, value in values.items() if value is not None}
     kinds = tuple((name, value.dtype) for name, value in values.items() if isinstance(value, torch.Tensor))
-    key = (kernel, a.get_device(), a.dtype, b.dtype, a.is_contiguous(), b.is_contiguous(), out.dtype, kinds)
+    key = (kernel, a.get_device(), a.dtype, b.dtype, a.is_contiguous(), b.is_contiguous(), out.dtype, c is None, kinds)
     with torch.cuda.device(a.device):
         plan = _plans.get(key)
         if plan is not None:
@@ -268,7 +275,7 @@ def _run(
             warnings.simplefilter("ignore")
             plan = build_gemm_epi_plan(
                 kernel, (9, 0), a, b, out, c, epi_values=values, tile_M=TILE[0], tile_N=TILE[1], cluster_M=2, cluster_N=1,
-                pingpong=True, post_init_attrs=(("source", _SOURCE),),
+                pingpong=issubclass(kernel, _Fast), post_init_attrs=(("source", _SOURCE),),
             )  # fmt: skip
             run_gemm_epi_plan(plan, a, b, out, c, values)
     if len(_plans) >= MOST_HELD:
@@ -310,11 +317,12 @@ def gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *ta
     return pre, *out
 
 
-def gemm_add(a, b, scale_a, scale_b, bias, addend):
+def gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation):
     """overdrive::gemm_add."""
-    out = addend.new_empty(addend.shape)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
-    _run(_Sum, a, b, out, values, _readable(addend))
+    kernel = _Sum if fast_accumulation or scale_a is None else _SplitSum
+    _run(kernel, a, b, out, values, None if addend is None else _readable(addend))
     return out
 
 

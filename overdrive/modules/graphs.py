@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ def _inside(forward: Callable[..., Any], **arguments: Any) -> Callable[..., Any]
             return forward(*args)
 
     return run
+
+
+@contextlib.contextmanager
+def kept_scaling(*modules: torch.nn.Module) -> Iterator[None]:
+    """What runs inside, such as a warm-up with gradients of any value, leaves no trace in the modules' states of scaling."""
+    scaled = [part for module in modules for part in module.modules() if isinstance(part, Module)]
+    states = [part.scaling_state() for part in scaled]
+    try:
+        yield
+    finally:
+        for part, state in zip(scaled, states):
+            part.set_scaling_state(state)
 
 
 def make_graphed_callables(
@@ -51,8 +64,6 @@ def make_graphed_callables(
             raise TypeError(
                 f"make_graphed_callables: modules must be a torch.nn.Module or a tuple of them, got {type(module).__name__}"
             )
-    scaled = [part for module in several for part in module.modules() if isinstance(part, Module)]
-    states = [part.scaling_state() for part in scaled]
     forwards = [module.forward for module in several]
     collects = gc.isenabled()
     gc.collect()
@@ -62,7 +73,8 @@ def make_graphed_callables(
             module.forward = _inside(
                 module.forward, enabled=enabled, calibrating=calibrating, recipe=recipe, amax_reduction_group=amax_reduction_group
             )
-        torch.cuda.make_graphed_callables(modules, sample_args, num_warmup_iters, allow_unused_input, pool)
+        with kept_scaling(*several):
+            torch.cuda.make_graphed_callables(modules, sample_args, num_warmup_iters, allow_unused_input, pool)
     except BaseException:
         for module, forward in zip(several, forwards):
             module.forward = forward
@@ -70,6 +82,4 @@ def make_graphed_callables(
     finally:
         if collects:
             gc.enable()
-        for part, state in zip(scaled, states):
-            part.set_scaling_state(state)
     return modules

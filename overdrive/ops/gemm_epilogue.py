@@ -72,19 +72,22 @@ gemm_activation_quantized = define(
 accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED."""
 
 
-def _gemm_add(a, b, scale_a, scale_b, bias, addend) -> torch.Tensor:
+def _gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation) -> torch.Tensor:
     if scale_a is None:
         out = a.float() @ b.float().t()
     else:
         out = dequantize(a, scale_a, Mode.CURRENT) @ dequantize(b, scale_b, Mode.CURRENT).t()
-    return ((out if bias is None else out + bias.float()) + addend.float()).to(addend.dtype)
+    for term in (bias, addend):
+        out = out if term is None else out + term.float()
+    return out.to(dtype)
 
 
 gemm_add = define(
-    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor addend) -> Tensor",
+    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor? addend, ScalarType dtype, "
+    "bool fast_accumulation) -> Tensor",
     reference=_gemm_add,
     kernel=("gemm_epilogue", "gemm_add"),
-    fake=lambda a, b, scale_a, scale_b, bias, addend: addend.new_empty(addend.shape),
+    fake=lambda a, b, scale_a, scale_b, bias, addend, dtype, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
-"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in addend's dtype, which is the bias's and, without scales, that of
-a and b too. With scales, one each, a and b are FP8: fast accumulation."""
+"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in `dtype`, which is bias's and addend's and, without scales, a's and
+b's too. With scales, one each, a and b are FP8."""

@@ -425,6 +425,52 @@ def test_large_fp8_products_of_delayed_scaling_fuse(monkeypatch):
     assert not asked(monkeypatch, recipe="split")
 
 
+def product(monkeypatch, rows, outputs, contraction, fast=True, mode=Mode.CURRENT, dtype=BF16, able=True, is_cuda=True) -> bool:
+    """Whether an FP8 product [rows, contraction] x [outputs, contraction] runs in those kernels."""
+    monkeypatch.setattr(products, "is_gemm_epilogue_available", lambda: (able, ""))
+    scale = Cuda(1, 1, is_cuda=is_cuda)
+    a, b = (QuantizedTensor(None, None, scale, scale, mode, (size, contraction), dtype) for size in (rows, outputs))
+    return products._prefers_epilogues(a, b, dtype, fast)
+
+
+def test_fp8_products_with_many_outputs(monkeypatch):
+    assert product(monkeypatch, 8192, 12288, 4096)
+    assert product(monkeypatch, 8192, 4096, 4096, dtype=torch.float16, mode=Mode.DELAYED)
+    assert product(monkeypatch, 8192, 16384, 4096, fast=False)
+    for other in (
+        {"outputs": 4096, "contraction": 16384},
+        {"outputs": 4096, "fast": False},
+        {"rows": 1024, "outputs": 8192},
+        {"rows": 8190},
+        {"mode": Mode.BLOCK_1D},
+        {"dtype": torch.float32},
+        {"able": False},
+        {"is_cuda": False},
+    ):
+        assert not product(monkeypatch, **{"rows": 8192, "outputs": 16384, "contraction": 4096, **other}), other
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_large_fp8_products_on_a_gpu(recipe, monkeypatch):
+    if not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
+    for sizes, uses in (((2048, 8192), 1), ((8192, 2048), 1)):  # forward; the input gradient
+        module = te.Linear(*sizes, params_dtype=BF16, device="cuda")
+        x = torch.randn(4096, sizes[0], device="cuda", dtype=BF16, requires_grad=True)
+        twin, added, op = copy.deepcopy(module), [], products.gemm_add
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "gemm_add", lambda *tensors, added=added, op=op: added.append(1) or op(*tensors))
+            for _ in range(2):
+                found = step(module, x, recipe)
+        assert len(added) == 2 * uses
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "_prefers_epilogues", lambda *_: False)
+            for _ in range(2):
+                expected = step(twin, x, recipe)
+        assert_alike(found, expected, BF16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["plain", "delayed", "current", "block"])
 def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):

@@ -163,12 +163,12 @@ def test_sum(shape, dtype, bias, device):
     x, weight, bias = draw_forward(shape, dtype, device, bias)
     addend = draw(shape[0], shape[2], dtype=dtype, device=device)
     kept = addend.clone()
-    out = gemm_add(x, weight, None, None, bias, addend)
+    out = gemm_add(x, weight, None, None, bias, addend, dtype, True)
     x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
     assert (out.dtype, out.is_contiguous()) == (dtype, True)
     assert_close(out, x64 @ weight64.t() + (0 if bias64 is None else bias64) + addend64, dtype)
     assert_same_bits(addend, kept)
-    assert_same_bits(out, gemm_add(x, weight, None, None, bias, addend))
+    assert_same_bits(out, gemm_add(x, weight, None, None, bias, addend, dtype, True))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -176,7 +176,8 @@ def test_sum_layouts(kind, device):
     x, weight, bias = draw_forward((136, 72, 200), torch.bfloat16, device, kind=kind)
     addend = draw(136, 200, dtype=torch.bfloat16, device=device, kind=kind)
     x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
-    assert_close(gemm_add(x, weight, None, None, bias, addend), x64 @ weight64.t() + bias64 + addend64, torch.bfloat16)
+    out = gemm_add(x, weight, None, None, bias, addend, torch.bfloat16, True)
+    assert_close(out, x64 @ weight64.t() + bias64 + addend64, torch.bfloat16)
 
 
 # --- FP8 ---------------------------------------------------------------------------------------------------------------
@@ -230,13 +231,30 @@ def test_quantized(shape, dtype, bias, device):
     assert relative_error(pre, apart) <= TOLERANCES[dtype, "plain"] / 2
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [*FP8_SHAPES, (16, 32, 48), (400, 272, 304)])
-def test_quantized_operands_and_a_sum(shape, dtype, bias, device):
+def test_quantized_operands_and_a_sum(shape, dtype, bias, fast, device):
     (*operands, bias), product64 = draw_quantized(shape, device, dtype, bias)
     addend = draw(*product64.shape, dtype=dtype, device=device)
-    assert_close(gemm_add(*operands, bias, addend), product64 + addend.cpu().double(), dtype)
+    assert_close(gemm_add(*operands, bias, addend, dtype, fast), product64 + addend.cpu().double(), dtype)
+    out = gemm_add(*operands, bias, None, dtype, fast)
+    assert_close(out, product64, dtype)
+    assert_same_bits(gemm_add(*operands, bias, None, dtype, fast), out)
+    apart = gemm(*operands, bias, dtype, Mode.CURRENT, Mode.CURRENT, fast)
+    assert relative_error(out, apart) <= TOLERANCES[dtype, "plain"] / 2
+
+
+def test_split_accumulation_keeps_what_fast_accumulation_loses(device):
+    """Of many small terms beside a large one; on a CPU both sum in f32."""
+    a, b = torch.full((128, 4096), 0.125, device=device), torch.full((16, 4096), 0.125, device=device)
+    a[:, 0] = b[:, 0] = 448
+    one = torch.ones(1, device=device)
+    exact = 448.0**2 + 4095 / 64
+    split, fast = (gemm_add(a.to(E4M3), b.to(E4M3), one, one, None, None, torch.bfloat16, fast).double() for fast in (False, True))
+    assert ((split - exact).abs() <= exact * 2**-8).all()
+    assert (fast - exact).abs().max() >= (split - exact).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
