@@ -89,5 +89,5 @@ gemm_add = define(
     kernel=("gemm_epilogue", "gemm_add"),
     fake=lambda a, b, scale_a, scale_b, bias, addend, dtype, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
-"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in `dtype`, which is bias's and addend's and, without scales, a's and
-b's too. With scales, one each, a and b are FP8."""
+"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in `dtype`, which is also bias's and addend's and, without scales,
+a's and b's. With scales, one each, a and b are FP8."""
