@@ -324,6 +324,7 @@ def test_the_sum_after_the_layer(arguments, recipe, device, used, monkeypatch):
     added, op = [], products.gemm_add
     monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
     monkeypatch.setattr(products, "fuses_epilogue", lambda *_: True)
+    monkeypatch.setattr(products, "_prefers_epilogues", lambda *_: False)
     module = build("LayerNormMLP", device, BF16, **arguments)
     x, residual = (features(2, 64, dtype=BF16, device=device) for _ in range(2))
     other = residual.detach().cpu().double().requires_grad_()
@@ -482,6 +483,7 @@ def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):
     x = torch.randn(256, 16, 2048, device="cuda", dtype=BF16, requires_grad=True)
     twin, added, op = copy.deepcopy(layer), [], products.gemm_add
     monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
+    monkeypatch.setattr(products, "_prefers_epilogues", lambda *_: False)
     seen = []
     twin.layernorm_mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
     for _ in range(2):
