@@ -14,6 +14,7 @@ import torch
 from overdrive.ops.gemm import gemm
 from overdrive.ops.gemm_epilogue import gemm_add
 from overdrive.ops.quantize import PAD, Mode
+from overdrive.ops.residual import residual_add
 from overdrive.ops.scaling import record_amax
 from overdrive.scaling.arena import SLOTS, with_index
 from overdrive.scaling.quantizers import Quantizer, Rules, Scales
@@ -50,7 +51,7 @@ def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None
     if isinstance(a, QuantizedTensor):
         assert isinstance(b, QuantizedTensor)
         if _prefers_epilogues(a, b, dtype, fast):
-            return gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, None, dtype, fast)
+            return gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, None, 0.0, None, dtype, fast)
         out = gemm(a.data, b.data, a.scale_inv, b.scale_inv, bias, dtype, a.mode, b.mode, fast)
         return out if out.shape[0] == a.shape[0] else out[: a.shape[0]]
     return gemm(a, b, None, None, bias, dtype, Mode.PLAIN, Mode.PLAIN, fast)
@@ -97,12 +98,14 @@ def weight_operand(weight: torch.Tensor, options: GemmOptions, scales: Scales, c
     return rules.weight(weight, scales, row=True, col=options.input_grad)[0]
 
 
-def grad_operand(dy: torch.Tensor, options: GemmOptions, scales: Scales) -> tuple[Operand, torch.Tensor | None]:
-    """(dy as the backward GEMMs read it, bias gradient)."""
-    rules = quantizing(options.rules)
+def grad_operand(
+    dy: torch.Tensor, options: GemmOptions, scales: Scales, bias_grad: bool | None = None
+) -> tuple[Operand, torch.Tensor | None]:
+    """(dy as the backward GEMMs read it, bias gradient if that is owed; bias_grad=False: somebody else makes it)."""
+    rules, bias_grad = quantizing(options.rules), options.bias_grad if bias_grad is None else bias_grad
     if rules is not None:
-        return rules.grad_output(dy, scales, options.input_grad, options.weight_grad, options.bias_grad)
-    return dy, column_sum(dy) if options.bias_grad else None
+        return rules.grad_output(dy, scales, options.input_grad, options.weight_grad, bias_grad)
+    return dy, column_sum(dy) if bias_grad else None
 
 
 def column_sum(dy: torch.Tensor) -> torch.Tensor:
@@ -172,16 +175,25 @@ def _prefers_epilogues(a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtyp
 
 
 def forward_product(
-    x: Operand, weight: Operand, bias: torch.Tensor | None, options: GemmOptions, addend: torch.Tensor | None = None
+    x: Operand,
+    weight: Operand,
+    bias: torch.Tensor | None,
+    options: GemmOptions,
+    addend: torch.Tensor | None = None,
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x w^T + bias + addend [T, N]."""
+    """y = x w^T + bias, or dropout_p(y) + addend [T, N]."""
     if addend is not None and fuses_epilogue(x, weight, options):
+        tail = (bias, addend, p, seed, options.dtype, True)
         if isinstance(x, torch.Tensor):
-            return gemm_add(x, weight, None, None, bias, addend, options.dtype, True)
+            return gemm_add(x, weight, None, None, *tail)
         assert isinstance(weight, QuantizedTensor)
-        return gemm_add(x.data, weight.data, x.scale_inv, weight.scale_inv, bias, addend, options.dtype, True)
+        return gemm_add(x.data, weight.data, x.scale_inv, weight.scale_inv, *tail)
     y = matmul(x, weight, options.dtype, bias, options.rules is not None and not accumulates_split(options))
-    return y if addend is None else y.add_(addend)
+    if addend is None:
+        return y
+    return residual_add(y, None, addend, p, seed) if p > 0 else y.add_(addend)
 
 
 def input_gradient(dy: Operand, weight: Operand, options: GemmOptions) -> torch.Tensor:

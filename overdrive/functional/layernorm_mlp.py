@@ -55,7 +55,8 @@ class Residual:
 @dataclass
 class LayerNormMLPOptions:
     """fc1_arguments: how many of the Function's arguments are fc1's parameters. add_residual: a Residual comes first, dropping with
-    probability p. return_norm, return_residual: also return the norm's output; the norm's input. add_input: add that to y instead.
+    probability p. return_norm, return_residual: also return the norm's output; the norm's input. add_input: instead, return that +
+    dropout(y) with probability output_p.
     """
 
     norm: NormOptions
@@ -66,6 +67,7 @@ class LayerNormMLPOptions:
     return_norm: bool = False
     return_residual: bool = False
     add_input: bool = False
+    output_p: float = 0.0
     add_residual: bool = False
     p: float = 0.0
     residual_bias_grad: bool = False
@@ -92,7 +94,7 @@ def _fuses_activation(x: Operand, weight1: Operand, weight2: Operand, options: L
 
 class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, residual, residual_bias, seed, gamma, beta, snapshot, slots, options, *parameters):
+    def forward(ctx: Any, x, residual, residual_bias, seed, output_seed, gamma, beta, snapshot, slots, options, *parameters):
         fc1, fc2, scales = options.fc1, options.fc2, Scales(snapshot, slots)
         weight1, bias1, cached1 = read(parameters[: options.fc1_arguments], fc1)
         weight2, bias2, cached2 = read(parameters[options.fc1_arguments :], fc2)
@@ -116,7 +118,7 @@ class _LayerNormMLP(torch.autograd.Function):
         else:
             h = forward_product(norm_op, w1_op, bias1, fc1)
             a_op = activate(h, options.activation, fc2, scales)
-        y_TK = forward_product(a_op, w2_op, bias2, fc2, x_TK if options.add_input else None)
+        y_TK = forward_product(a_op, w2_op, bias2, fc2, x_TK if options.add_input else None, options.output_p, output_seed)
         kept = (
             for_backward(norm_op) if fc1.weight_grad else None,
             for_backward(w1_op) if fc1.input_grad else None,
@@ -126,7 +128,7 @@ class _LayerNormMLP(torch.autograd.Function):
         tensors, ctx.layout = pack(kept)
         ctx.cached2 = cached2 is not None
         of_norm = (x_TK, gamma, mean, rstd, seed) if fc1.input_grad else (None,) * 5
-        ctx.save_for_backward(*tensors, snapshot, slots, h if fc2.input_grad else None, *of_norm)
+        ctx.save_for_backward(*tensors, snapshot, slots, output_seed, h if fc2.input_grad else None, *of_norm)
         ctx.options, ctx.shape, ctx.count = options, shape, len(parameters)
         outputs = [y_TK.view(*shape[:-1], y_TK.shape[1])]
         if options.return_norm:
@@ -138,17 +140,23 @@ class _LayerNormMLP(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, snapshot, slots, h, x, gamma, mean, rstd, seed = ctx.saved_tensors
+        *tensors, snapshot, slots, output_seed, h, x, gamma, mean, rstd, seed = ctx.saved_tensors
         options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
         norm_op, w1_op, a_op, w2_op = unpack(tensors, ctx.layout)
-        dy_op, dbias2 = grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), fc2, scales)
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        if options.output_p > 0:
+            dy, dbias2 = branch_gradient(dy, options.output_p, output_seed, fc2.bias_grad)
+            dy_op, _ = grad_operand(dy, fc2, scales, bias_grad=False)
+        else:
+            dy_op, dbias2 = grad_operand(dy, fc2, scales)
+        del dy
         dh_op, dbias1, in_place = None, None, False
         if ctx.again:
             dh_op, dbias1, a_op = activation_product_gradient(dy_op, w2_op, h, options.activation, fc1)
         count2 = ctx.count - options.fc1_arguments
         dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2), dbias2, fc2)
         if not fc2.input_grad:
-            return (None,) * (9 + options.fc1_arguments) + dfc2
+            return (None,) * (10 + options.fc1_arguments) + dfc2
         if fc2.sink is None:
             release(a_op)
         del a_op
@@ -162,7 +170,7 @@ class _LayerNormMLP(torch.autograd.Function):
             release(None if in_place else h)
         dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
         if not fc1.input_grad:
-            return (None,) * 9 + dfc1 + dfc2
+            return (None,) * 10 + dfc1 + dfc2
         dnorm = input_gradient(dh_op, w1_op, fc1)
         del dh_op
         release(h if in_place and fc1.sink is None else None)
@@ -176,7 +184,7 @@ class _LayerNormMLP(torch.autograd.Function):
         if options.add_residual:
             dfront = dx
             dx, dfront_bias = branch_gradient(dx, options.p, seed, options.residual_bias_grad)
-        return dx, dfront, dfront_bias, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
+        return dx, dfront, dfront_bias, None, None, dgamma, dbeta, None, None, None, *dfc1, *dfc2
 
 
 _apply = applied(_LayerNormMLP)
@@ -191,8 +199,9 @@ def layernorm_mlp(
     scales: Scales,
     options: LayerNormMLPOptions,
     front: Residual | None = None,
+    output_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """x [..., K] -> (y [..., K], norm output if asked for, norm input if asked for)."""
     added = (None, None, None) if front is None else (front.residual, front.bias, front.seed)
-    arguments = (gamma, beta, scales.snapshot, scales.slots, options, *fc1.flat(), *fc2.flat())
+    arguments = (output_seed, gamma, beta, scales.snapshot, scales.slots, options, *fc1.flat(), *fc2.flat())
     return _apply(x, *added, *arguments)

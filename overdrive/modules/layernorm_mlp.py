@@ -157,10 +157,12 @@ class LayerNormMLP(Module):
         return self._run(x, is_first_microbatch, front, keep_residual=True)
 
     def forward_between_residuals(
-        self, x: torch.Tensor, residual: torch.Tensor, is_first_microbatch: bool | None = None
-    ) -> torch.Tensor:
-        """r + forward(r), where r = residual + x: both sums in the kernels before and after them where those can."""
-        return self._run(x, is_first_microbatch, Residual(residual, None), add_input=True)
+        self, x: torch.Tensor, residual: torch.Tensor, p_dropout: float = 0.0, is_first_microbatch: bool | None = None
+    ) -> Any:
+        """r + dropout(forward(r)), where r = residual + dropout(x): both sums in kernels that are there anyway, where those can."""
+        p = p_dropout if self.training else 0.0
+        front = Residual(residual, None, p, dropout_seed(p, x.device))
+        return self._run(x, is_first_microbatch, front, add_input=True, output_seed=dropout_seed(p, x.device))
 
     def _run(
         self,
@@ -169,12 +171,13 @@ class LayerNormMLP(Module):
         front: Residual | None = None,
         keep_residual: bool = False,
         add_input: bool = False,
+        output_seed: torch.Tensor | None = None,
     ) -> Any:
         dtype = self._check_input(inp, self.hidden_size, self.fc1_weight, "hidden_size")
         if self.checkpoint and torch.is_grad_enabled():
-            arguments = (inp, first, front, keep_residual, add_input, dtype)
+            arguments = (inp, first, front, keep_residual, add_input, output_seed, dtype)
             return torch_checkpoint(self._forward, *arguments, use_reentrant=False)
-        return self._forward(inp, first, front, keep_residual, add_input, dtype)
+        return self._forward(inp, first, front, keep_residual, add_input, output_seed, dtype)
 
     def _forward(
         self,
@@ -183,6 +186,7 @@ class LayerNormMLP(Module):
         front: Residual | None,
         keep_residual: bool,
         add_input: bool,
+        output_seed: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> Any:
         context, training = current_context()
@@ -212,11 +216,12 @@ class LayerNormMLP(Module):
                 self.return_layernorm_output,
                 keep_residual,
                 add_input,
+                0.0 if output_seed is None or front is None else front.p,
                 front is not None,
                 0.0 if front is None else front.p,
                 front is not None and front.bias is not None and front.bias.requires_grad,
             )
-            out, *rest = layernorm_mlp(inp, gamma, beta, fc1, fc2, scales, options, front)
+            out, *rest = layernorm_mlp(inp, gamma, beta, fc1, fc2, scales, options, front, output_seed)
         outputs: list[torch.Tensor | None] = [out]
         if self.return_bias:
             outputs.append(self._whole_bias(1, dtype))

@@ -290,10 +290,10 @@ class TransformerLayer(torch.nn.Module):
         if watched(mlp, "forward_fused_residual") or drop_path > 0:
             hidden = self._add(x, residual, samples)
             x, residual = _branch(*with_residual(mlp, hidden, is_first_microbatch=first))
-        elif dropout > 0 or mlp.return_layernorm_output:
+        elif mlp.return_layernorm_output:
             x, residual = _branch(*mlp.forward_fused_residual(x, None, residual, dropout, is_first_microbatch=first))
         else:
-            return mlp.forward_between_residuals(x, residual, first)
+            return mlp.forward_between_residuals(x, residual, dropout, first)
         return self._add(x, residual, samples)
 
     def _add(self, x: torch.Tensor, residual: torch.Tensor, samples: Any, bias: torch.Tensor | None = None) -> torch.Tensor:

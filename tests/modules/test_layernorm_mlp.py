@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import overdrive.pytorch as te
+from overdrive.functional.residual import bias_dropout_add
 from overdrive.modules.multihead_attention import with_residual
 from tests.modules.layer_oracle import (
     ACTIVATIONS,
@@ -98,7 +99,7 @@ def test_checkpoint_changes_no_bit_and_keeps_only_its_inputs(recipe, method, dev
     x = features(*TOKENS, dtype=torch.bfloat16, device=device)
     residual = features(*TOKENS, dtype=torch.bfloat16, device=device)
     bias = features(dtype=torch.bfloat16, device=device)
-    more = {"forward_fused_residual": (bias, residual, 0.3), "forward_between_residuals": (residual,)}.get(method, ())
+    more = {"forward_fused_residual": (bias, residual, 0.3), "forward_between_residuals": (residual, 0.3)}.get(method, ())
     kept = []
     for _ in range(3):  # delayed scaling: the amaxes that one step records are the next one's scales
         steps, sizes = [], []
@@ -206,25 +207,39 @@ def test_forward_between_residuals_is_both_sums(recipe, options, device):
     assert hidden.shape == x.shape
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
 @recipes
-def test_forward_between_residuals_gives_the_bits_of_the_sums_apart(recipe, device):
-    """Below the size from which a kernel rounds once instead of twice."""
+def test_forward_between_residuals_gives_the_bits_of_the_sums_apart(recipe, p, device):
+    """Below the size from which a kernel rounds once; the gradient of fc2's bias is rounded once where something drops."""
     modules = [build("LayerNormMLP", device, torch.bfloat16) for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
     x, residual = (features(*TOKENS, dtype=torch.bfloat16, device=device) for _ in range(2))
 
     def apart(x):
-        out, hidden = modules[1].forward_fused_residual(x, None, residual, 0.0)
-        return hidden + out
+        out, hidden = modules[1].forward_fused_residual(x, None, residual, p)
+        return bias_dropout_add(out, None, hidden, p)
 
     steps = []
-    for module, call in ((modules[0], lambda x: modules[0].forward_between_residuals(x, residual)), (modules[1], apart)):
-        residual.grad = None
+    for module, call in ((modules[0], lambda x: modules[0].forward_between_residuals(x, residual, p)), (modules[1], apart)):
+        torch.manual_seed(4)
         for _ in range(2):
             residual.grad = None
             result = step(module, x, recipe, call)
         steps.append(result._replace(grads={**result.grads, "residual": residual.grad}))
+    if p:
+        biases = [result.grads.pop("fc2_bias") for result in steps]
+        assert_close(biases[0], biases[1].cpu().double(), torch.bfloat16, what="gradient of fc2_bias")
     assert_same_step(*steps)
+
+
+def test_dropout_around_it_is_off_in_evaluation(device):
+    module = build("LayerNormMLP", device)
+    x, residual = features(*TOKENS, device=device), features(*TOKENS, device=device)
+    first, second = (module.forward_between_residuals(x, residual, 0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    module.eval()
+    plain = module.forward_between_residuals(x, residual, 0.0)
+    assert_same_bits(module.forward_between_residuals(x, residual, 0.5), plain)
 
 
 def test_dropout_before_the_norm_is_off_in_evaluation_and_new_each_time_in_training(device):
