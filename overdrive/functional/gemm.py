@@ -51,7 +51,7 @@ def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None
     if isinstance(a, QuantizedTensor):
         assert isinstance(b, QuantizedTensor)
         if _prefers_epilogues(a, b, dtype, fast):
-            return gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, None, 0.0, None, dtype, fast)
+            return gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, None, dtype, fast)
         out = gemm(a.data, b.data, a.scale_inv, b.scale_inv, bias, dtype, a.mode, b.mode, fast)
         return out if out.shape[0] == a.shape[0] else out[: a.shape[0]]
     return gemm(a, b, None, None, bias, dtype, Mode.PLAIN, Mode.PLAIN, fast)
@@ -184,8 +184,8 @@ def forward_product(
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x w^T + bias, or dropout_p(y) + addend [T, N]."""
-    if addend is not None and fuses_epilogue(x, weight, options):
-        tail = (bias, addend, p, seed, options.dtype, True)
+    if addend is not None and p == 0 and fuses_epilogue(x, weight, options):
+        tail = (bias, addend, options.dtype, True)
         if isinstance(x, torch.Tensor):
             return gemm_add(x, weight, None, None, *tail)
         assert isinstance(weight, QuantizedTensor)

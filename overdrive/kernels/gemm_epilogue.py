@@ -23,7 +23,7 @@ with warnings.catch_warnings():  # of names that have moved in the package's own
     warnings.simplefilter("ignore")
     import cutlass
     import cutlass.cute as cute
-    from cutlass import Float32, Int32, Uint32
+    from cutlass import Int32
     from quack.compile_utils import make_fake_tensor
     from quack.cute_dsl_utils import mlir_namedtuple, torch2cute_dtype_map
     from quack.epilogue.ops import EpiOp, RowVecLoad, RowVecReduce, Scalar, TileStore
@@ -34,7 +34,6 @@ with warnings.catch_warnings():  # of names that have moved in the package's own
 from overdrive.kernels.launch import MOST_HELD
 from overdrive.kernels.tile import column_sums
 from overdrive.ops.quantize import Quantization, Quantized, new_quantized
-from overdrive.ops.residual import GOLDEN, dropout_threshold
 from overdrive.ops.scaling import arena
 
 _SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
@@ -96,14 +95,17 @@ class _Inverse(_Memory):
             param[0] = 1.0 / gemm.scale
 
 
-class _Number(Scalar):
-    """What ops after it read as an attribute of the GEMM."""
+class _Tenant(Scalar):
+    """i32: who records."""
 
     fn_port = None
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name, Int32)
+
     @cute.jit
     def begin(self, gemm, param, smem_tensor, ctx):
-        setattr(gemm, self.name, param)
+        gemm.tenant = param
 
 
 class _Owner(_Memory):
@@ -141,51 +143,7 @@ class _Amax(_Memory):
             cute.arch.atomic_max((param.iterator + slot).llvm_ptr, of_warp, sem="relaxed", scope="gpu")
 
 
-_DELAYED = (_Slot("slot"), _Scale("scale"), _Inverse("inverse"), _Number("tenant", Int32), _Owner("owner"), _Amax("amax"))
-"""In the order in which they need each other."""
-
-
-# --- dropout -------------------------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def _mix(h):
-    """ops.residual._mix in 32-bit unsigned arithmetic."""
-    h = (h ^ (h >> Uint32(16))) * Uint32(0x7FEB352D)
-    h = (h ^ (h >> Uint32(15))) * Uint32(0x846CA68B)
-    return h ^ (h >> Uint32(16))
-
-
-class _Seed(_Memory):
-    """i32 [2], an i64 seed: the epilogue sees ops.residual.dropout_scale's factor of each element, bit for bit."""
-
-    fn_port = "value"
-
-    @cute.jit
-    def begin(self, gemm, param, smem_tensor, ctx):
-        key = _mix(Uint32(param[0]) + Uint32(GOLDEN))
-        salt = _mix((key ^ Uint32(param[1])) + Uint32(GOLDEN))
-        places = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
-        return places, key, salt, ctx.tile_coord_mnkl[0] * ctx.tile_M, ctx.tile_coord_mnkl[1] * ctx.tile_N
-
-    @cute.jit
-    def begin_loop(self, gemm, state, epi_coord):
-        places, key, salt, row0, col0 = state
-        places = places[None, None, None, epi_coord[0], epi_coord[1]]
-        factors = cute.make_rmem_tensor((cute.size(places),), Float32)
-        for i in cutlass.range_constexpr(cute.size(places) // 2):  # a thread holds pairs of neighbours, which share a hash
-            row, col = places[2 * i]
-            row_key = _mix(Uint32(row0 + row) + key) ^ salt
-            h = row_key + Uint32((col0 + col) // 2) * Uint32(GOLDEN)
-            h = (h ^ (h >> Uint32(16))) * Uint32(0x7FEB352D) + row_key
-            h = (h ^ (h >> Uint32(15))) * Uint32(0x846CA68B)
-            h = h ^ (h >> Uint32(16))
-            factors[2 * i] = gemm.keep if Int32(h & Uint32(0xFFFF)) >= gemm.threshold else Float32(0.0)
-            factors[2 * i + 1] = gemm.keep if Int32(h >> Uint32(16)) >= gemm.threshold else Float32(0.0)
-        return factors
-
-
-_DROPOUT = (_Number("threshold", Int32), _Number("keep", Float32), _Seed("seed"))
+_DELAYED = (_Slot("slot"), _Scale("scale"), _Inverse("inverse"), _Tenant("tenant"), _Owner("owner"), _Amax("amax"))
 """In the order in which they need each other."""
 
 
@@ -219,10 +177,9 @@ def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale, bias=None):
     return {"D": result["D"], "data": quantized, "data_t": quantized, "amax": result["out"]}
 
 
-def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None, seed=None):
+def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None):
     out = acc if scale_a is None else acc * (scale_a * scale_b)
     out = out if bias is None else out + bias
-    out = out if seed is None else out * seed
     return {"D": out if c is None else out + c}
 
 
@@ -260,7 +217,7 @@ def _kernel(name: str, epilogue: Callable[..., Any], *ops: EpiOp, reads_c: bool 
     arguments.__new__.__defaults__ = (None,) * len(arguments._fields)
     arguments = mlir_namedtuple(arguments)
     arguments.add_to_output = False
-    operands = tuple((op.name, op.fn_port) for op in ops if op.fn_port in ("scalar", "row", "value"))
+    operands = tuple((op.name, op.fn_port) for op in ops if op.fn_port in ("scalar", "row"))
     body = {
         "_epi_ops": ops,
         "_epi_mod_fn": staticmethod(epilogue),
@@ -281,8 +238,8 @@ _Gelu = _kernel("_Gelu", _gelu_epilogue, _BIAS, TileStore("out"))
 _GeluGradient = _kernel("_GeluGradient", _gelu_gradient_epilogue, RowVecReduce("total"), TileStore("out"), reads_c=True)
 _FORMS = (TileStore("data"), TileStore("data_t"))
 _GeluQuantized = _kernel("_GeluQuantized", _gelu_quantized_epilogue, *_SCALES, *_DELAYED, _BIAS, *_FORMS)
-_Sum = _kernel("_Sum", _sum_epilogue, *_SCALES, _BIAS, *_DROPOUT, reads_c=True)
-_SplitSum = _kernel("_SplitSum", _sum_epilogue, *_SCALES, _BIAS, *_DROPOUT, reads_c=True, base=_Split)
+_Sum = _kernel("_Sum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True)
+_SplitSum = _kernel("_SplitSum", _sum_epilogue, *_SCALES, _BIAS, reads_c=True, base=_Split)
 
 TILE = (128, 192)
 _plans: dict[Any, Any] = {}
@@ -360,13 +317,10 @@ def gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *ta
     return pre, *out
 
 
-def gemm_add(a, b, scale_a, scale_b, bias, addend, p, seed, dtype, fast_accumulation):
+def gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation):
     """overdrive::gemm_add."""
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
-    if p > 0:
-        keep = 1 / (1 - p) if p < 1 else 0.0
-        values.update(threshold=dropout_threshold(p), keep=keep, seed=seed.view(torch.int32))
     kernel = _Sum if fast_accumulation or scale_a is None else _SplitSum
     _run(kernel, a, b, out, values, None if addend is None else _readable(addend))
     return out

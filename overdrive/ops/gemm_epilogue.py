@@ -14,7 +14,6 @@ from overdrive.ops.activation import value_and_slope
 from overdrive.ops.gemm import dequantize
 from overdrive.ops.library import define
 from overdrive.ops.quantize import QUANTIZATION, Mode, Quantization, new_quantized, quantize_value
-from overdrive.ops.residual import dropout_scale
 
 
 def _gemm_activation(x, weight, bias, name) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,24 +72,22 @@ gemm_activation_quantized = define(
 accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED."""
 
 
-def _gemm_add(a, b, scale_a, scale_b, bias, addend, p, seed, dtype, fast_accumulation) -> torch.Tensor:
+def _gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation) -> torch.Tensor:
     if scale_a is None:
         out = a.float() @ b.float().t()
     else:
         out = dequantize(a, scale_a, Mode.CURRENT) @ dequantize(b, scale_b, Mode.CURRENT).t()
-    if bias is not None:
-        out = out + bias.float()
-    if p > 0:
-        out = out * dropout_scale(out.shape[0], out.shape[1], p, seed)
-    return (out if addend is None else out + addend.float()).to(dtype)
+    for term in (bias, addend):
+        out = out if term is None else out + term.float()
+    return out.to(dtype)
 
 
 gemm_add = define(
-    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor? addend, float p, "
-    "Tensor? seed, ScalarType dtype, bool fast_accumulation) -> Tensor",
+    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor? addend, ScalarType dtype, "
+    "bool fast_accumulation) -> Tensor",
     reference=_gemm_add,
     kernel=("gemm_epilogue", "gemm_add"),
-    fake=lambda a, b, scale_a, scale_b, bias, addend, p, seed, dtype, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+    fake=lambda a, b, scale_a, scale_b, bias, addend, dtype, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
-"""dropout_p(a [T, K] b [N, K]^T + bias [N]) + addend [T, N], rounded once, in `dtype`, which is also bias's and addend's and,
-without scales, a's and b's. With scales, one each, a and b are FP8. p, seed: as in ops.residual, of [T, N]."""
+"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in `dtype`, which is also bias's and addend's and, without scales,
+a's and b's. With scales, one each, a and b are FP8."""

@@ -319,22 +319,6 @@ def test_any_part_may_be_frozen_in_fp8(frozen, device, used):
 
 
 @pytest.mark.parametrize("recipe", ["plain", "delayed", "current"])
-def test_the_sum_after_the_layer_with_dropout(recipe, device, used, monkeypatch):
-    """The same masks, in backward too, as where the sum is a kernel of its own."""
-    monkeypatch.setattr(products, "_prefers_epilogues", lambda *_: False)
-    module = build("LayerNormMLP", device, BF16)
-    twin = copy.deepcopy(module)
-    x, residual = (features(2, 64, dtype=BF16, device=device) for _ in range(2))
-    results = []
-    for fuses, layer in ((True, module), (False, twin)):
-        monkeypatch.setattr(products, "fuses_epilogue", lambda *_, fuses=fuses: fuses)
-        torch.manual_seed(7)
-        for _ in range(2):
-            results.append(step(layer, x, recipe, lambda x, layer=layer: layer.forward_between_residuals(x, residual, 0.3)))
-    assert_alike(results[1], results[3], BF16, recipe)
-
-
-@pytest.mark.parametrize("recipe", ["plain", "delayed", "current"])
 @pytest.mark.parametrize("arguments", VARIANTS[:4] + VARIANTS[5:], ids=str)
 def test_the_sum_after_the_layer(arguments, recipe, device, used, monkeypatch):
     added, op = [], products.gemm_add

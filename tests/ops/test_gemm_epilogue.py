@@ -9,7 +9,6 @@ from overdrive.ops.activation import ACTIVATIONS, activation, activation_backwar
 from overdrive.ops.gemm import gemm
 from overdrive.ops.gemm_epilogue import gemm_activation, gemm_activation_backward, gemm_activation_quantized, gemm_add
 from overdrive.ops.quantize import Mode, Quantization
-from overdrive.ops.residual import dropout_scale, residual_add
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
 from overdrive.scaling import support
@@ -164,35 +163,12 @@ def test_sum(shape, dtype, bias, device):
     x, weight, bias = draw_forward(shape, dtype, device, bias)
     addend = draw(shape[0], shape[2], dtype=dtype, device=device)
     kept = addend.clone()
-    out = gemm_add(x, weight, None, None, bias, addend, 0.0, None, dtype, True)
+    out = gemm_add(x, weight, None, None, bias, addend, dtype, True)
     x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
     assert (out.dtype, out.is_contiguous()) == (dtype, True)
     assert_close(out, x64 @ weight64.t() + (0 if bias64 is None else bias64) + addend64, dtype)
     assert_same_bits(addend, kept)
-    assert_same_bits(out, gemm_add(x, weight, None, None, bias, addend, 0.0, None, dtype, True))
-
-
-@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("quantized_operands", [False, True])
-def test_sum_drops_what_residual_add_drops(quantized_operands, p, device):
-    seed = torch.tensor([0x1234_5678_9ABC_DEF1], device=device)
-    if quantized_operands:
-        (*operands, bias), product64 = draw_quantized((400, 272, 304), device)
-    else:
-        x, weight, bias = draw_forward((300, 136, 584), torch.bfloat16, device)
-        operands, (x64, weight64, bias64) = (x, weight, None, None), to64(x, weight, bias)
-        product64 = x64 @ weight64.t() + bias64
-    zeros = torch.zeros(product64.shape, dtype=torch.bfloat16, device=device)
-    addend = draw(*product64.shape, dtype=torch.bfloat16, device=device)
-    factor = dropout_scale(*product64.shape, p, seed).cpu().double()
-    alone = gemm_add(*operands, bias, zeros, p, seed, torch.bfloat16, True)
-    assert ((alone == 0).cpu() == (factor == 0)).all(), "another mask"
-    assert_close(alone, product64 * factor, torch.bfloat16)
-    out = gemm_add(*operands, bias, addend, p, seed, torch.bfloat16, True)
-    assert_close(out, product64 * factor + addend.cpu().double(), torch.bfloat16)
-    if not quantized_operands:
-        apart = residual_add(gemm(*operands, bias, torch.bfloat16, Mode.PLAIN, Mode.PLAIN, True), None, addend, p, seed)
-        assert relative_error(out, apart) <= TOLERANCES[torch.bfloat16, "plain"]
+    assert_same_bits(out, gemm_add(x, weight, None, None, bias, addend, dtype, True))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -200,7 +176,7 @@ def test_sum_layouts(kind, device):
     x, weight, bias = draw_forward((136, 72, 200), torch.bfloat16, device, kind=kind)
     addend = draw(136, 200, dtype=torch.bfloat16, device=device, kind=kind)
     x64, weight64, bias64, addend64 = to64(x, weight, bias, addend)
-    out = gemm_add(x, weight, None, None, bias, addend, 0.0, None, torch.bfloat16, True)
+    out = gemm_add(x, weight, None, None, bias, addend, torch.bfloat16, True)
     assert_close(out, x64 @ weight64.t() + bias64 + addend64, torch.bfloat16)
 
 
@@ -262,10 +238,10 @@ def test_quantized(shape, dtype, bias, device):
 def test_quantized_operands_and_a_sum(shape, dtype, bias, fast, device):
     (*operands, bias), product64 = draw_quantized(shape, device, dtype, bias)
     addend = draw(*product64.shape, dtype=dtype, device=device)
-    assert_close(gemm_add(*operands, bias, addend, 0.0, None, dtype, fast), product64 + addend.cpu().double(), dtype)
-    out = gemm_add(*operands, bias, None, 0.0, None, dtype, fast)
+    assert_close(gemm_add(*operands, bias, addend, dtype, fast), product64 + addend.cpu().double(), dtype)
+    out = gemm_add(*operands, bias, None, dtype, fast)
     assert_close(out, product64, dtype)
-    assert_same_bits(gemm_add(*operands, bias, None, 0.0, None, dtype, fast), out)
+    assert_same_bits(gemm_add(*operands, bias, None, dtype, fast), out)
     apart = gemm(*operands, bias, dtype, Mode.CURRENT, Mode.CURRENT, fast)
     assert relative_error(out, apart) <= TOLERANCES[dtype, "plain"] / 2
 
@@ -276,9 +252,7 @@ def test_split_accumulation_keeps_what_fast_accumulation_loses(device):
     a[:, 0] = b[:, 0] = 448
     one = torch.ones(1, device=device)
     exact = 448.0**2 + 4095 / 64
-    split, fast = (
-        gemm_add(a.to(E4M3), b.to(E4M3), one, one, None, None, 0.0, None, torch.bfloat16, fast).double() for fast in (False, True)
-    )
+    split, fast = (gemm_add(a.to(E4M3), b.to(E4M3), one, one, None, None, torch.bfloat16, fast).double() for fast in (False, True))
     assert ((split - exact).abs() <= exact * 2**-8).all()
     assert (fast - exact).abs().max() >= (split - exact).abs().max()
 
