@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "recipes": {name.value: answer(*usable(recipe)) for name, recipe in RECIPES.items()},
         "attention backends": {name: answer(*found) for name, found in te.attention_backends().items()},
-        "optional kernels": {"GELU in the MLP's GEMMs": answer(*is_gemm_epilogue_available())},
+        "optional kernels": {"epilogues of large GEMMs": answer(*is_gemm_epilogue_available())},
     }
 
 
