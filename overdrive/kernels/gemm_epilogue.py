@@ -187,7 +187,14 @@ def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None):
 
 
 class _Split(_EpiModMixinBase, GemmSm90):
-    """quack's GEMM with an epilogue of the ops whose arguments a call gives. Of FP8, sums of 128 products are added in f32."""
+    """quack's GEMM with an epilogue of the ops whose arguments a call gives. Of FP8, sums of 128 products are added in f32.
+
+    It starts when the kernel before it has ended: quack's may start earlier, and then only the warp that copies waits for what that
+    wrote, while the epilogue reads scales by itself.
+    """
+
+    def __init__(self, a_dtype: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(a_dtype, *args, **kwargs, use_pdl=False)
 
     def epi_to_underlying_arguments(self, args, *, loc=None, ip=None):
         def given(names):
