@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from overdrive.ops.scaling import arena
+from overdrive.scaling.support import is_gemm_epilogue_available
 
 hypothesis.settings.register_profile("local", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("local"), max_examples=15)
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> str:
     """Where the tests run: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gemm_epilogues(device: str) -> None:
+    """Skips on a GPU that does not run ops.gemm_epilogue."""
+    if device == "cuda" and not is_gemm_epilogue_available()[0]:
+        pytest.skip(is_gemm_epilogue_available()[1])
 
 
 @pytest.fixture(autouse=True)

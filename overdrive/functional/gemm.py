@@ -142,7 +142,7 @@ FUSED_MULTIPLICATIONS = 2**36
 
 def _runs_epilogues(a: Operand, b: Operand, dtype: torch.dtype) -> bool:
     """Whether kernels with epilogues (ops.gemm_epilogue) take the product a b^T to `dtype`, and are worth their launch."""
-    if torch.compiler.is_compiling() or dtype not in (torch.bfloat16, torch.float16):  # compiled: not measured
+    if torch.compiler.is_compiling() or dtype not in (torch.bfloat16, torch.float16):  # compiled: not measured, sizes unknown
         return False
     if isinstance(a, QuantizedTensor):
         fits = a.mode.per_tensor and a.scale_inv.is_cuda and a.shape[0] % PAD == 0
@@ -169,9 +169,7 @@ def _prefers_epilogues(a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtyp
     Measured on an H200 with 8192 tokens, of cuBLASLt's time: 4096 -> 12288 0.93, 4096 -> 4096 0.95, 16384 -> 4096 1.0; with split
     accumulation 4096 -> 16384 0.94, all others 0.99 to 1.1. In a long row of products, where the GPU's power decides, all are 1.
     """
-    if torch.compiler.is_compiling():  # before anything looks at sizes
-        return False
-    return b.shape[0] >= (1 if fast else 3) * b.shape[1] and _runs_epilogues(a, b, dtype)
+    return _runs_epilogues(a, b, dtype) and b.shape[0] >= (1 if fast else 3) * b.shape[1]
 
 
 def forward_product(

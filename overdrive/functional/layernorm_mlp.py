@@ -1,4 +1,4 @@
-"""LayerNormMLP: norm, fc1, activation, fc2 in one autograd node, with the residual add before it if wanted.
+"""LayerNormMLP: norm, fc1, activation, fc2 in one autograd node, with the residual sums before and after it if wanted.
 
 Where `_fuses_activation` says so, fc1's product makes the activation, and in high precision fc2's makes its gradient
 (ops.gemm_epilogue).

@@ -8,16 +8,21 @@ and what `scaling.support.is_gemm_epilogue_available` asks for.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from overdrive.ops.activation import value_and_slope
-from overdrive.ops.gemm import dequantize
+from overdrive.ops.gemm import _gemm
 from overdrive.ops.library import define
 from overdrive.ops.quantize import QUANTIZATION, Mode, Quantization, new_quantized, quantize_value
 
 
+def _product(a, b, scale_a, scale_b, bias) -> torch.Tensor:
+    """a b^T + bias in f32; FP8 where there are scales, one for each of both."""
+    mode = Mode.PLAIN if scale_a is None else Mode.CURRENT
+    return _gemm(a, b, scale_a, scale_b, bias, torch.float32, mode, mode, False)
+
+
 def _gemm_activation(x, weight, bias, name) -> tuple[torch.Tensor, torch.Tensor]:
-    pre = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    pre = _product(x, weight, None, None, bias)
     return pre.to(x.dtype), value_and_slope(name, pre)[0].to(x.dtype)
 
 
@@ -52,9 +57,7 @@ of fc2's weight needs, to the contiguous `out`: it may be pre itself. All in one
 
 
 def _gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *tail) -> tuple[torch.Tensor | None, ...]:
-    pre = dequantize(a, scale_a, Mode.DELAYED) @ dequantize(b, scale_b, Mode.DELAYED).t()
-    if bias is not None:
-        pre = pre + bias.float()
+    pre = _product(a, b, scale_a, scale_b, bias)
     return pre.to(pre_dtype), *quantize_value(value_and_slope(name, pre)[0], Quantization(*tail))
 
 
@@ -73,13 +76,8 @@ accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED.
 
 
 def _gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation) -> torch.Tensor:
-    if scale_a is None:
-        out = a.float() @ b.float().t()
-    else:
-        out = dequantize(a, scale_a, Mode.CURRENT) @ dequantize(b, scale_b, Mode.CURRENT).t()
-    for term in (bias, addend):
-        out = out if term is None else out + term.float()
-    return out.to(dtype)
+    out = _product(a, b, scale_a, scale_b, bias)
+    return (out if addend is None else out + addend.float()).to(dtype)
 
 
 gemm_add = define(

@@ -17,7 +17,6 @@ from overdrive.functional import gemm as products
 from overdrive.functional import layernorm_mlp as node
 from overdrive.ops.quantize import Mode
 from overdrive.recipe import DelayedScaling, MMParams
-from overdrive.scaling.support import is_gemm_epilogue_available
 from overdrive.scaling.tensor import QuantizedTensor
 from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step
 from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits, relative_error
@@ -34,30 +33,25 @@ def may_fuse(x, weight1, weight2, options) -> bool:
     return options.fc2.input_grad and options.fc1.rules is None and options.activation.name == "gelu"
 
 
-@pytest.fixture
-def used(monkeypatch, device):
-    """Fuses wherever a product's size alone speaks against it; a list with one name for each use of an op."""
-    if device == "cuda" and not is_gemm_epilogue_available()[0]:
-        pytest.skip(is_gemm_epilogue_available()[1])
+BOTH, QUANTIZED = ["gemm_activation", "gemm_activation_backward"], ["gemm_activation_quantized"]
+
+
+def counted(patch, where, *names) -> list[str]:
+    """From now on a list with one name for each call that the module `where` makes of one of these of its ops."""
     uses = []
-
-    def counting(name):
-        op = getattr(stage, name)
-
-        def counted(*arguments):
-            uses.append(name)
-            return op(*arguments)
-
-        return counted
-
-    for name in ("gemm_activation", "gemm_activation_backward", "gemm_activation_quantized"):
-        monkeypatch.setattr(stage, name, counting(name))
-    monkeypatch.setattr(products, "FUSED_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(node, "_fuses_activation", may_fuse)
+    for name in names:
+        op = getattr(where, name)
+        patch.setattr(where, name, lambda *arguments, name=name, op=op: uses.append(name) or op(*arguments))
     return uses
 
 
-BOTH = ["gemm_activation", "gemm_activation_backward"]
+@pytest.fixture
+def used(monkeypatch, gemm_epilogues):
+    """Fuses wherever a product's size alone speaks against it; a list with one name for each use of an op."""
+    uses = counted(monkeypatch, stage, *BOTH, *QUANTIZED)
+    monkeypatch.setattr(products, "FUSED_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(node, "_fuses_activation", may_fuse)
+    return uses
 
 
 def apart(monkeypatch, *arguments, **options) -> Step:
@@ -249,8 +243,6 @@ def test_compiled_code_does_not_fuse(device, monkeypatch):
 
 # --- FP8 ---------------------------------------------------------------------------------------------------------------
 
-QUANTIZED = ["gemm_activation_quantized"]
-
 
 @pytest.mark.parametrize("lead", [(2, 64), (3, 128)])
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
@@ -321,8 +313,7 @@ def test_any_part_may_be_frozen_in_fp8(frozen, device, used):
 @pytest.mark.parametrize("recipe", ["plain", "delayed", "current"])
 @pytest.mark.parametrize("arguments", VARIANTS[:4] + VARIANTS[5:], ids=str)
 def test_the_sum_after_the_layer(arguments, recipe, device, used, monkeypatch):
-    added, op = [], products.gemm_add
-    monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
+    added = counted(monkeypatch, products, "gemm_add")
     monkeypatch.setattr(products, "fuses_epilogue", lambda *_: True)
     monkeypatch.setattr(products, "_prefers_epilogues", lambda *_: False)
     module = build("LayerNormMLP", device, BF16, **arguments)
@@ -351,9 +342,6 @@ class Cuda:
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype = BF16, is_cuda: bool = True) -> None:
         self.shape, self.dtype, self.is_cuda = torch.Size((rows, cols)), dtype, is_cuda
-
-    def numel(self) -> int:
-        return self.shape.numel()
 
 
 def asked(
@@ -453,15 +441,13 @@ def test_fp8_products_with_many_outputs(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
-def test_large_fp8_products_on_a_gpu(recipe, monkeypatch):
-    if not is_gemm_epilogue_available()[0]:
-        pytest.skip(is_gemm_epilogue_available()[1])
+def test_large_fp8_products_on_a_gpu(recipe, monkeypatch, gemm_epilogues):
     for sizes, uses in (((2048, 8192), 1), ((8192, 2048), 1)):  # forward; the input gradient
         module = te.Linear(*sizes, params_dtype=BF16, device="cuda")
         x = torch.randn(4096, sizes[0], device="cuda", dtype=BF16, requires_grad=True)
-        twin, added, op = copy.deepcopy(module), [], products.gemm_add
+        twin = copy.deepcopy(module)
         with monkeypatch.context() as patch:
-            patch.setattr(products, "gemm_add", lambda *tensors, added=added, op=op: added.append(1) or op(*tensors))
+            added = counted(patch, products, "gemm_add")
             for _ in range(2):
                 found = step(module, x, recipe)
         assert len(added) == 2 * uses
@@ -474,15 +460,12 @@ def test_large_fp8_products_on_a_gpu(recipe, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["plain", "delayed", "current", "block"])
-def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):
+def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch, gemm_epilogues):
     """Its last sum is in the last product's epilogue; hooks on the MLP see the MLP's own output."""
-    if not is_gemm_epilogue_available()[0]:
-        pytest.skip(is_gemm_epilogue_available()[1])
     options = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "params_dtype": BF16, "device": "cuda"}
     layer = te.TransformerLayer(2048, 8192, 16, **options)
     x = torch.randn(256, 16, 2048, device="cuda", dtype=BF16, requires_grad=True)
-    twin, added, op = copy.deepcopy(layer), [], products.gemm_add
-    monkeypatch.setattr(products, "gemm_add", lambda *tensors: added.append(1) or op(*tensors))
+    twin, added = copy.deepcopy(layer), counted(monkeypatch, products, "gemm_add")
     monkeypatch.setattr(products, "_prefers_epilogues", lambda *_: False)
     seen = []
     twin.layernorm_mlp.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -498,15 +481,12 @@ def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor", STREAMS)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_large_layer_on_a_gpu(dtype, monkeypatch):
+def test_a_large_layer_on_a_gpu(dtype, monkeypatch, gemm_epilogues):
     """By its own choice, also in a CUDA graph."""
-    if not is_gemm_epilogue_available()[0]:
-        pytest.skip(is_gemm_epilogue_available()[1])
     module = te.LayerNormMLP(2048, 8192, params_dtype=dtype, device="cuda")
     x = torch.randn(4104, 2048, device="cuda", dtype=dtype, requires_grad=True)
-    uses, op = [], stage.gemm_activation_backward
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "gemm_activation_backward", lambda *arguments: uses.append(1) or op(*arguments))
+        uses = counted(patch, stage, "gemm_activation_backward")
         fused = step(module, x)
     assert uses
     plain = apart(monkeypatch, module, x)
@@ -524,16 +504,13 @@ def test_a_large_layer_on_a_gpu(dtype, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings(STREAMS)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_large_fp8_layer_on_a_gpu(dtype, monkeypatch):
+def test_a_large_fp8_layer_on_a_gpu(dtype, monkeypatch, gemm_epilogues):
     """By its own choice, also in a CUDA graph."""
-    if not is_gemm_epilogue_available()[0]:
-        pytest.skip(is_gemm_epilogue_available()[1])
     module = te.LayerNormMLP(2048, 8192, params_dtype=dtype, device="cuda")
     x = torch.randn(4096, 2048, device="cuda", dtype=dtype, requires_grad=True)
     twin, graphed = copy.deepcopy(module), copy.deepcopy(module)
-    uses, op = [], stage.gemm_activation_quantized
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "gemm_activation_quantized", lambda *arguments: uses.append(1) or op(*arguments))
+        uses = counted(patch, stage, *QUANTIZED)
         for _ in range(2):
             fused = step(module, x, "delayed")
     assert len(uses) == 2

@@ -29,10 +29,7 @@ SHAPES = (  # tokens, inputs, outputs; on a GPU tiles of 128 x 192 that are whol
 )
 
 
-@pytest.fixture(autouse=True)
-def _runs(device):
-    if device == "cuda" and not support.is_gemm_epilogue_available()[0]:
-        pytest.skip(support.is_gemm_epilogue_available()[1])
+pytestmark = pytest.mark.usefixtures("gemm_epilogues")
 
 
 def slope(x64: torch.Tensor) -> torch.Tensor:
