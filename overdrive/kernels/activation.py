@@ -122,14 +122,21 @@ def _gated_backward_joined(args, FUNCTION: tl.constexpr, row0, r, cols, T, K):
     return (tl.where((cols < F)[None, :], da, db),)
 
 
-def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) -> tuple[torch.Tensor | None, ...]:
-    """overdrive::activation."""
+def activated(
+    x: torch.Tensor, name: str, limit: float, alpha: float, q: Quantization, amax: torch.Tensor | None = None
+) -> Quantized:
+    """act(x), quantized; amax: of CURRENT, where it is known already."""
     x = dense(x)
     (rows, cols), (function, gated) = x.shape, ACTIVATIONS[name]
     source, args, cols = (
         (_gated_forward, (x, x.stride(0), limit, alpha), cols // 2) if gated else (_forward, (x, x.stride(0)), cols)
     )
-    return run_tiles(source, args, function, x, (rows, cols), Quantization(*tail), inputs=1 + gated)[0]
+    return run_tiles(source, args, function, x, (rows, cols), q, inputs=1 + gated, amax=amax)[0]
+
+
+def activation(x: torch.Tensor, name: str, limit: float, alpha: float, *tail) -> Quantized:
+    """overdrive::activation."""
+    return activated(x, name, limit, alpha, Quantization(*tail))
 
 
 def _gradient(

@@ -31,9 +31,10 @@ with warnings.catch_warnings():  # of names that have moved in the package's own
     from quack.gemm_runtime.host import build_gemm_epi_plan, run_gemm_epi_plan
     from quack.gemm_sm90 import GemmSm90
 
+from overdrive.kernels.activation import activated
 from overdrive.kernels.launch import MOST_HELD
-from overdrive.kernels.tile import column_sums
-from overdrive.ops.quantize import Quantization, Quantized, new_quantized
+from overdrive.kernels.tile import column_sums, new_amax
+from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized
 from overdrive.ops.scaling import arena
 
 _SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
@@ -118,7 +119,7 @@ class _Owner(_Memory):
 
 
 class _Amax(_Memory):
-    """i32 [slots], the bits of f32: raised to the largest magnitude. As integers NaN is larger than all else."""
+    """i32 [slots], the bits of f32: the slot's is raised to the largest magnitude. As integers NaN is larger than all else."""
 
     fn_port = "sink"
 
@@ -171,9 +172,9 @@ def _gelu_gradient_epilogue(acc, c):
     return {"D": gradient, "out": c * gate, "total": gradient}
 
 
-def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale, bias=None):
+def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale=None, bias=None):
     result = _gelu_epilogue(acc * (scale_a * scale_b), bias)
-    quantized = result["out"] * scale
+    quantized = None if scale is None else result["out"] * scale
     return {"D": result["D"], "data": quantized, "data_t": quantized, "amax": result["out"]}
 
 
@@ -189,12 +190,11 @@ def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None):
 class _Split(_EpiModMixinBase, GemmSm90):
     """quack's GEMM with an epilogue of the ops whose arguments a call gives. Of FP8, sums of 128 products are added in f32.
 
-    It starts when the kernel before it has ended: quack's may start earlier, and then only the warp that copies waits for what that
-    wrote, while the epilogue reads scales by itself.
+    It may start before the kernel before it has ended (programmatic dependent launch): an epilogue reads by itself, but not before
+    its tile's product, whose operands are copied when that kernel has ended.
     """
 
-    def __init__(self, a_dtype: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(a_dtype, *args, **kwargs, use_pdl=False)
+    slot: Any = 0  # where there is but one amax
 
     def epi_to_underlying_arguments(self, args, *, loc=None, ip=None):
         def given(names):
@@ -315,12 +315,19 @@ def gemm_activation_backward(out, dy, weight, pre, name, bias_grad):
 
 
 def gemm_activation_quantized(a, b, scale_a, scale_b, bias, pre_dtype, name, *tail):
-    """overdrive::gemm_activation_quantized."""
+    """overdrive::gemm_activation_quantized. With current scaling the epilogue takes the amax, and a second kernel quantizes the
+    activation with the scale that follows.
+    """
     q = Quantization(*tail)
     rows, cols = a.shape[0], b.shape[0]
-    pre, out = a.new_empty((rows, cols), dtype=pre_dtype), new_quantized(a, rows, cols, q)
-    values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias), **_delayed(q, out, a.device)}
-    _run(_GeluQuantized, a, b, pre, values)
+    pre = a.new_empty((rows, cols), dtype=pre_dtype)
+    values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
+    if q.mode == Mode.CURRENT:
+        amax = new_amax(pre)
+        _run(_GeluQuantized, a, b, pre, {**values, "amax": amax})
+        return pre, *activated(pre, name, 0.0, 0.0, q, amax)
+    out = new_quantized(a, rows, cols, q)
+    _run(_GeluQuantized, a, b, pre, {**values, **_delayed(q, out, a.device)})
     return pre, *out
 
 

@@ -72,7 +72,7 @@ gemm_activation_quantized = define(
     ),
 )
 """a [T, K] and b [F, K] in FP8 with one scale each, bias [F] -> (pre, *Quantized out): pre = a b^T + bias in pre_dtype with fast
-accumulation, out = act(pre) before pre is rounded. On CUDA the mode is DELAYED."""
+accumulation, out = act(pre) before pre is rounded (on CUDA after, with CURRENT). On CUDA the mode is DELAYED or CURRENT."""
 
 
 def _gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation) -> torch.Tensor:

@@ -29,7 +29,7 @@ BF16 = torch.bfloat16
 def may_fuse(x, weight1, weight2, options) -> bool:
     """What the choice is on any device, for products of any size and, on a CPU, where the references take odd sizes."""
     if isinstance(x, QuantizedTensor):
-        return x.mode == Mode.DELAYED and options.activation.name == "gelu" and x.shape[0] % 128 == 0
+        return x.mode.per_tensor and options.activation.name == "gelu" and x.shape[0] % 128 == 0
     return options.fc2.input_grad and options.fc1.rules is None and options.activation.name == "gelu"
 
 
@@ -244,18 +244,20 @@ def test_compiled_code_does_not_fuse(device, monkeypatch):
 # --- FP8 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize("lead", [(2, 64), (3, 128)])
 @pytest.mark.parametrize("arguments", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_delayed_scaling_is_the_layer_that_does_not_fuse(dtype, arguments, lead, device, used, monkeypatch):
+def test_in_fp8_is_the_layer_that_does_not_fuse(dtype, arguments, lead, recipe, device, used, monkeypatch):
     module = build("LayerNormMLP", device, dtype, **arguments)
     x = features(*lead, dtype=dtype, device=device)
     twin = copy.deepcopy(module)
-    fused = check(module, x, "delayed")
-    assert used == QUANTIZED * (4 if "checkpoint" in arguments else 2)
-    for _ in range(2):
-        expected = apart(monkeypatch, twin, x, "delayed")
-    assert_alike(fused, expected, dtype, "delayed")
+    fused = check(module, x, recipe)
+    steps = 2 if recipe == "delayed" else 1
+    assert used == QUANTIZED * (2 * steps if "checkpoint" in arguments else steps)
+    for _ in range(steps):
+        expected = apart(monkeypatch, twin, x, recipe)
+    assert_alike(fused, expected, dtype, recipe)
 
 
 def test_the_scales_follow_the_amax_that_the_epilogue_saw(device, used):
@@ -280,10 +282,9 @@ def test_the_scales_follow_the_amax_that_the_epilogue_saw(device, used):
     assert second == pytest.approx(448 / amax, rel=0.01)
 
 
-@pytest.mark.parametrize("recipe", ["current", "block"])
-def test_other_recipes_keep_their_kernels(recipe, device, used):
+def test_block_scaling_keeps_its_kernels(device, used):
     module, x = build("LayerNormMLP", device, BF16), features(2, 64, dtype=BF16, device=device)
-    check(module, x, recipe)
+    check(module, x, "block")
     assert not used
 
 
@@ -384,7 +385,6 @@ def test_large_products_with_a_backward_fuse(monkeypatch):
         {"name": "silu"},
         {"name": "geglu"},
         {"no_grad": True},
-        {"recipe": "current"},
         {"recipe": "block"},
         *(
             {"recipe": "delayed", **case}
@@ -405,8 +405,9 @@ def test_others_do_not(case, monkeypatch):
     assert not asked(monkeypatch, **case)
 
 
-def test_large_fp8_products_of_delayed_scaling_fuse(monkeypatch):
+def test_large_fp8_products_with_one_scale_a_tensor_fuse(monkeypatch):
     assert asked(monkeypatch, recipe="delayed")
+    assert asked(monkeypatch, recipe="current")
     assert asked(monkeypatch, recipe="delayed", tokens=1024, dtype=torch.float16)
     assert asked(monkeypatch, recipe="delayed", no_grad=True)
     monkeypatch.setattr(DelayedScaling, "fp8_gemm_fprop", MMParams(use_split_accumulator=True))

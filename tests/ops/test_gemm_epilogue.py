@@ -8,7 +8,7 @@ import torch
 from overdrive.ops.activation import ACTIVATIONS, activation, activation_backward
 from overdrive.ops.gemm import gemm
 from overdrive.ops.gemm_epilogue import gemm_activation, gemm_activation_backward, gemm_activation_quantized, gemm_add
-from overdrive.ops.quantize import Mode, Quantization
+from overdrive.ops.quantize import FP8_MAX, Mode, Quantization
 from overdrive.ops.scaling import arena, tenant_id
 from overdrive.recipe import DelayedScaling
 from overdrive.scaling import support
@@ -203,8 +203,10 @@ def check_quantized(arguments, pre64, dtype, q):
     pre, data, data_t, scale_inv, scale_inv_t = gemm_activation_quantized(*arguments, dtype, "gelu", *q)
     assert (pre.dtype, pre.is_contiguous()) == (dtype, True)
     assert_close(pre, pre64, dtype, what="pre")
-    scale = q.scales[q.slots[q.slot]]
-    assert_same_bits(scale_inv, (1 / scale).reshape(1))
+    if q.mode == Mode.DELAYED:
+        assert_same_bits(scale_inv, (1 / q.scales[q.slots[q.slot]]).reshape(1))
+    else:
+        assert scale_inv.item() == pytest.approx(gelu(pre64).abs().max().item() / FP8_MAX[q.dtype], rel=TOLERANCES[dtype, "plain"])
     assert scale_inv_t.numel() == 0
     for name, asked, values, expected in (("data", q.row, data, gelu(pre64)), ("data_t", q.col, data_t, gelu(pre64).t())):
         if not asked:
@@ -217,12 +219,13 @@ def check_quantized(arguments, pre64, dtype, q):
     return pre
 
 
+@pytest.mark.parametrize("mode", [Mode.DELAYED, Mode.CURRENT])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", FP8_SHAPES)
-def test_quantized(shape, dtype, bias, device):
+def test_quantized(shape, dtype, bias, mode, device):
     arguments, pre64 = draw_quantized(shape, device, dtype, bias)
-    pre = check_quantized(arguments, pre64, dtype, tail(Mode.DELAYED, E4M3, device, scale=30.0))
+    pre = check_quantized(arguments, pre64, dtype, tail(mode, E4M3, device, scale=30.0))
     a, b, scale_a, scale_b, bias = arguments
     apart = gemm(a, b, scale_a, scale_b, bias, dtype, Mode.CURRENT, Mode.CURRENT, True)
     assert relative_error(pre, apart) <= TOLERANCES[dtype, "plain"] / 2
@@ -254,11 +257,12 @@ def test_split_accumulation_keeps_what_fast_accumulation_loses(device):
     assert (fast - exact).abs().max() >= (split - exact).abs().max()
 
 
+@pytest.mark.parametrize("mode", [Mode.DELAYED, Mode.CURRENT])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize(("row", "col"), [(True, False), (False, True), (True, True)])
-def test_quantized_layouts(row, col, dtype, device):
+def test_quantized_layouts(row, col, dtype, mode, device):
     arguments, pre64 = draw_quantized((256, 256, 272), device)
-    check_quantized(arguments, pre64, torch.bfloat16, tail(Mode.DELAYED, dtype, device, scale=30.0, row=row, col=col))
+    check_quantized(arguments, pre64, torch.bfloat16, tail(mode, dtype, device, scale=30.0, row=row, col=col))
 
 
 def test_quantized_values_saturate_and_nan_stays(device):
@@ -270,6 +274,19 @@ def test_quantized_values_saturate_and_nan_stays(device):
         assert (values[:, 3] == 448).all()
         assert values[:, 5].isnan().all()
         assert values[:, [0, 1, 2, 4]].isfinite().all()
+
+
+def test_current_scaling_of_what_is_not_finite(device):
+    """The scale is 1; what is finite stays."""
+    (a, b, scale_a, scale_b, bias), _ = draw_quantized((128, 64, 32), device)
+    bias[5] = torch.nan
+    pre, data, _, scale_inv, _ = gemm_activation_quantized(
+        a, b, scale_a, scale_b, bias, torch.bfloat16, "gelu", *tail(Mode.CURRENT, E4M3, device)
+    )
+    assert scale_inv.item() == 1
+    assert data[:, 5].float().isnan().all()
+    others = [column for column in range(32) if column != 5]
+    assert_close(data[:, others].float(), gelu(pre[:, others].cpu().double()), E4M3)
 
 
 def test_quantized_records_its_amax(device):
@@ -297,9 +314,10 @@ def test_quantized_records_its_amax(device):
     own.reset(where)
 
 
-def test_quantized_twice_the_same_bits(device):
+@pytest.mark.parametrize("mode", [Mode.DELAYED, Mode.CURRENT])
+def test_quantized_twice_the_same_bits(mode, device):
     arguments, _ = draw_quantized((640, 512, 640), device)
-    q = tail(Mode.DELAYED, E4M3, device, scale=30.0)
+    q = tail(mode, E4M3, device, scale=30.0)
     first, second = (gemm_activation_quantized(*arguments, torch.bfloat16, "gelu", *q) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
