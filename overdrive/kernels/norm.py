@@ -1,5 +1,5 @@
 """LayerNorm and RMSNorm. A row kernel takes statistics and writes plain or FP8 rows; a transposed copy, or scales that depend on
-the output, take a second launch, of tiles over those statistics.
+the output, take a second launch, of tiles over those statistics. What kernels/norm_cluster.py serves takes one.
 
 Shapes: x [T, K]; gamma, beta [K]; mean, rstd f32 [T]. A row kernel's program holds R whole rows as one [R, BK] tile, BK >= K, and
 walks over the rows; leaving SMs free (sm_margin) means fewer programs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -192,6 +193,18 @@ def _walks(cols: int, dropout: bool, sums: bool, amax: bool, fp8: bool) -> bool:
     return cols <= 8192 and (dropout or sums or amax or fp8)
 
 
+@functools.cache
+def _cluster() -> ModuleType | None:
+    """kernels.norm_cluster, where there is what it is written for: a Hopper GPU and quack-kernels."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from overdrive.kernels import norm_cluster
+    except Exception:  # whatever a compiler package may raise where its libraries do not fit
+        return None
+    return norm_cluster
+
+
 def forward(
     source: Callable[..., Any],
     args: tuple[Any, ...],
@@ -211,6 +224,10 @@ def forward(
 
     flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads.
     """
+    if source is load_source and q.mode == Mode.DELAYED and q.row and q.col and not sm_margin and (cluster := _cluster()):
+        served = cluster.norm_quantized(like, gamma, beta, eps, zero_centered, rms, q)
+        if served is not None:
+            return served
     rows, cols = like.shape
     mean, rstd = like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, dtype=torch.float32)
     fp8 = q.mode == Mode.DELAYED and q.row and not q.col
