@@ -196,7 +196,7 @@ def _walks(cols: int, dropout: bool, sums: bool, amax: bool, fp8: bool) -> bool:
 @functools.cache
 def _cluster() -> ModuleType | None:
     """kernels.norm_cluster, where there is what it is written for: a Hopper GPU and quack-kernels."""
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
         from overdrive.kernels import norm_cluster
@@ -219,13 +219,15 @@ def forward(
     rms: bool,
     sm_margin: int,
     q: Quantization,
+    addends: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[Quantized, torch.Tensor, torch.Tensor]:
     """Norm of the rows of a source, which are `like` or get stored in `out`: (Quantized, mean, rstd).
 
-    flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads.
+    flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads. addends: what the rows are the
+    sum of, where they are no more than that.
     """
-    if source is load_source and q.mode == Mode.DELAYED and q.row and q.col and not sm_margin and (cluster := _cluster()):
-        served = cluster.norm_quantized(like, gamma, beta, eps, zero_centered, rms, q)
+    if addends is not None and q.mode == Mode.DELAYED and q.row and q.col and not sm_margin and (cluster := _cluster()):
+        served = cluster.norm_quantized(*addends, out, gamma, beta, eps, zero_centered, rms, q)
         if served is not None:
             return served
     rows, cols = like.shape
@@ -267,7 +269,20 @@ def norm(
     x, gamma, beta = dense(x), dense(gamma), None if beta is None else dense(beta)
     args = (x, x.stride(0))
     out, mean, rstd = forward(
-        load_source, args, None, x.itemsize, None, x, gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail)
+        load_source,
+        args,
+        None,
+        x.itemsize,
+        None,
+        x,
+        gamma,
+        beta,
+        eps,
+        zero_centered,
+        rms,
+        sm_margin,
+        Quantization(*tail),
+        (x, None),
     )
     return (*out, mean, rstd)
 

@@ -1,10 +1,10 @@
 """LayerNorm and RMSNorm to FP8 in both layouts, in one launch that reads x once: for Hopper, in the CuTe DSL that quack-kernels
 (Apache-2.0) builds on.
 
-Shapes: x [T, K]. 32 whole rows, which make 32 bytes of each column of the transposed copy, a whole sector, are more than one
-multiprocessor holds. A cluster of blocks owns them, each block some of the columns, in registers; the blocks tell each other the
-mean and the sum of squares of their part of every row through distributed shared memory. Of the 32 rows and 128 columns of a warp
-a thread holds four times 4 rows and 8 columns: it loads 16 bytes of a row and stores 8 bytes of a row and 4 bytes of a column.
+Shapes: x, residual, total [T, K]. 32 whole rows, which make 32 bytes of each column of the transposed copy, a whole sector, are
+more than one multiprocessor holds. A cluster of blocks owns them, each block some of the columns, in registers; the blocks tell
+each other the mean and the sum of squares of their part of every row through distributed shared memory. Of the 32 rows and 128
+columns of a warp a thread holds four times 4 rows and 8 columns: it loads 16 bytes of a row, stores 8 of a row and 4 of a column.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ class _NormQuantized:
 
     @cute.jit
     def __call__(
-        self, x: cute.Tensor, gamma: cute.Tensor, beta: cute.Tensor | None, scales: cute.Tensor, slots: cute.Tensor,
-        data: cute.Tensor, data_t: cute.Tensor, inverse: cute.Tensor, mean: cute.Tensor, rstd: cute.Tensor,
-        amax: cute.Tensor | None, owner: cute.Tensor | None, slot: Int32, tenant: Int32, eps: Float32, stream: cuda.CUstream,
+        self, x: cute.Tensor, residual: cute.Tensor | None, total: cute.Tensor | None, gamma: cute.Tensor, beta: cute.Tensor | None,
+        scales: cute.Tensor, slots: cute.Tensor, data: cute.Tensor, data_t: cute.Tensor, inverse: cute.Tensor, mean: cute.Tensor,
+        rstd: cute.Tensor, amax: cute.Tensor | None, owner: cute.Tensor | None, slot: Int32, tenant: Int32, eps: Float32,
+        stream: cuda.CUstream,
     ):  # fmt: skip
-        self.kernel(x, gamma, beta, scales, slots, data, data_t, inverse, mean, rstd, amax, owner, slot, tenant, eps).launch(
+        rows = (x, residual, total, gamma, beta)
+        self.kernel(*rows, scales, slots, data, data_t, inverse, mean, rstd, amax, owner, slot, tenant, eps).launch(
             grid=[x.shape[0] // ROWS * self.blocks, 1, 1],
             block=[self.warps * 32, 1, 1],
             cluster=[self.blocks, 1, 1],
@@ -71,9 +73,9 @@ class _NormQuantized:
 
     @cute.kernel
     def kernel(
-        self, x: cute.Tensor, gamma: cute.Tensor, beta: cute.Tensor | None, scales: cute.Tensor, slots: cute.Tensor,
-        data: cute.Tensor, data_t: cute.Tensor, inverse: cute.Tensor, mean: cute.Tensor, rstd: cute.Tensor,
-        amax: cute.Tensor | None, owner: cute.Tensor | None, slot: Int32, tenant: Int32, eps: Float32,
+        self, x: cute.Tensor, residual: cute.Tensor | None, total: cute.Tensor | None, gamma: cute.Tensor, beta: cute.Tensor | None,
+        scales: cute.Tensor, slots: cute.Tensor, data: cute.Tensor, data_t: cute.Tensor, inverse: cute.Tensor, mean: cute.Tensor,
+        rstd: cute.Tensor, amax: cute.Tensor | None, owner: cute.Tensor | None, slot: Int32, tenant: Int32, eps: Float32,
     ):  # fmt: skip
         tid, block = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
@@ -93,12 +95,19 @@ class _NormQuantized:
         layout = cute.make_layout(((4, 2), 4, 4), stride=((1, 4), self.cols, 32))  # columns, rows, and times
         held = cute.make_rmem_tensor(cute.make_layout(((4, 2), 4, 4)), x.element_type)
         cute.autovec_copy(_at(x, corner, 16, layout), held)
+        if const_expr(residual is not None):
+            addend = cute.make_rmem_tensor_like(held[None, None, 0])
+            for g in cutlass.range_constexpr(4):
+                cute.autovec_copy(_at(residual, corner, 16, layout)[None, None, g], addend)
+                for r in cutlass.range_constexpr(4):
+                    held[None, r, g].store((_load(held[None, r, g]) + _load(addend[None, r])).to(x.element_type))
+            cute.autovec_copy(held, _at(total, corner, 16, layout))
         gains, shifts = cute.make_rmem_tensor(4, Float32), cute.make_rmem_tensor(4, Float32)
         part = cute.make_layout(4, stride=self.warps * 32)  # of the block's columns, a fourth at a time
         gains.store(_at(gamma, rank * self.block_cols + tid, None, part).load().to(Float32))
         if const_expr(beta is not None):
             shifts.store(_at(beta, rank * self.block_cols + tid, None, part).load().to(Float32))
-        if tid == 0:
+        if tid == 0:  # not before the loads: the compiler would put the last of them behind uses of the first
             cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_arrive_and_expect_tx(arrived, cute.size(of_blocks) * 4)
         cute.arch.mbarrier_init_fence()
@@ -258,25 +267,26 @@ def _anew(held: cute.Tensor) -> cute.Tensor:
 
 @jit_cache
 def _compiled_norm_quantized(
-    source: str, cols: int, x: torch.dtype, gamma: torch.dtype, beta: torch.dtype | None, data: torch.dtype, records: bool,
-    rms: bool, zero_centered: bool,
+    source: str, cols: int, x: torch.dtype, gamma: torch.dtype, beta: torch.dtype | None, data: torch.dtype, adds: bool,
+    records: bool, rms: bool, zero_centered: bool,
 ) -> Any:  # fmt: skip
     x, gamma, beta, data = (None if dtype is None else torch2cute_dtype_map[dtype] for dtype in (x, gamma, beta, data))
     rows, record = cute.sym_int(divisibility=ROWS), Int32 if records else None
+    addend = x if adds else None
 
     def vector(dtype: Any, size: Any = None) -> Any:
         return make_fake_tensor(dtype, (cute.sym_int() if size is None else size,))
 
     def matrix(dtype: Any, *shape: Any) -> Any:
-        return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=(1, 0), assumed_align=16)
+        return dtype and cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=(1, 0), assumed_align=16)
 
     with warnings.catch_warnings():  # of its compiler
         warnings.simplefilter("ignore")
         return cute.compile(
-            _NormQuantized(cols, data, rms, zero_centered), matrix(x, rows, cols), vector(gamma, cols), vector(beta, cols),
-            vector(Float32), vector(Int32), matrix(data, rows, cols), matrix(data, cols, rows), vector(Float32),
-            vector(Float32, rows), vector(Float32, rows), vector(record), vector(record), Int32(0), Int32(0), Float32(0),
-            make_fake_stream(), options="--enable-tvm-ffi",
+            _NormQuantized(cols, data, rms, zero_centered), matrix(x, rows, cols), matrix(addend, rows, cols),
+            matrix(addend, rows, cols), vector(gamma, cols), vector(beta, cols), vector(Float32), vector(Int32),
+            matrix(data, rows, cols), matrix(data, cols, rows), vector(Float32), vector(Float32, rows), vector(Float32, rows),
+            vector(record), vector(record), Int32(0), Int32(0), Float32(0), make_fake_stream(), options="--enable-tvm-ffi",
         )  # fmt: skip
 
 
@@ -285,6 +295,8 @@ _kernels: dict[tuple[Any, ...], Any] = {}
 
 def norm_quantized(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
+    total: torch.Tensor | None,
     gamma: torch.Tensor,
     beta: torch.Tensor | None,
     eps: float,
@@ -292,15 +304,19 @@ def norm_quantized(
     rms: bool,
     q: Quantization,
 ) -> tuple[Quantized, torch.Tensor, torch.Tensor] | None:
-    """kernels.norm.forward of x itself with delayed scaling in both layouts: (Quantized, mean, rstd). None where x is not served,
-    or nothing can be compiled because a CUDA graph is captured.
+    """kernels.norm.forward of x, or of `total` = x + residual, with delayed scaling in both layouts: (Quantized, mean, rstd). None
+    where that is not served, or nothing can be compiled because a CUDA graph is captured.
     """
     rows, cols = x.shape
     served = x.dtype in (torch.float16, torch.bfloat16) and rows > 0 and rows % ROWS == 0 and cols >= _LEAST_COLS
-    if not (served and cluster_size(cols) and x.is_contiguous() and x.data_ptr() % 16 == 0):
+    if not (served and cluster_size(cols)):
+        return None
+    matrices = (x,) if residual is None else (x, residual)
+    if any(m.dtype != x.dtype or not m.is_contiguous() or m.data_ptr() % 16 for m in matrices):
         return None
     records = q.tenant >= 0
-    key = (_SOURCE, cols, x.dtype, gamma.dtype, None if beta is None else beta.dtype, q.dtype, records, rms, zero_centered)
+    dtypes = (x.dtype, gamma.dtype, None if beta is None else beta.dtype, q.dtype)
+    key = (_SOURCE, cols, *dtypes, residual is not None, records, rms, zero_centered)
     kernel = _kernels.get(key)
     if kernel is None:
         if torch.cuda.is_current_stream_capturing():
@@ -309,9 +325,10 @@ def norm_quantized(
     out = new_quantized(x, rows, cols, q)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     state = arena(x.device) if records else None
+    inputs = (None if t is None else t.detach() for t in (x, residual, total, gamma, beta))
     with torch.cuda.device(x.device):
         kernel(
-            x.detach(), gamma.detach(), None if beta is None else beta.detach(), q.scales, q.slots, out.data, out.data_t,
-            out.scale_inv, mean, rstd, state and state.amax_bits, state and state.owner, q.slot, q.tenant, eps,
+            *inputs, q.scales, q.slots, out.data, out.data_t, out.scale_inv, mean, rstd, state and state.amax_bits,
+            state and state.owner, q.slot, q.tenant, eps,
         )  # fmt: skip
     return out, mean, rstd
