@@ -178,8 +178,8 @@ def _gelu_quantized_epilogue(acc, scale_a, scale_b, scale=None, bias=None):
     return {"D": result["D"], "data": quantized, "data_t": quantized, "amax": result["out"]}
 
 
-def _sum_epilogue(acc, c=None, scale_a=None, scale_b=None, bias=None):
-    out = acc if scale_a is None else acc * (scale_a * scale_b)
+def _sum_epilogue(acc, scale_a, scale_b, c=None, bias=None):
+    out = acc * (scale_a * scale_b)
     out = out if bias is None else out + bias
     return {"D": out if c is None else out + c}
 
@@ -335,7 +335,7 @@ def gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation):
     """overdrive::gemm_add."""
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
     values = {"scale_a": scale_a, "scale_b": scale_b, "bias": _row(bias)}
-    kernel = _Sum if fast_accumulation or scale_a is None else _SplitSum
+    kernel = _Sum if fast_accumulation else _SplitSum
     _run(kernel, a, b, out, values, None if addend is None else _readable(addend))
     return out
 

@@ -81,11 +81,11 @@ def _gemm_add(a, b, scale_a, scale_b, bias, addend, dtype, fast_accumulation) ->
 
 
 gemm_add = define(
-    "gemm_add(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, Tensor? addend, ScalarType dtype, "
+    "gemm_add(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, Tensor? addend, ScalarType dtype, "
     "bool fast_accumulation) -> Tensor",
     reference=_gemm_add,
     kernel=("gemm_epilogue", "gemm_add"),
     fake=lambda a, b, scale_a, scale_b, bias, addend, dtype, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
-"""a [T, K] b [N, K]^T + bias [N] + addend [T, N], rounded once, in `dtype`, which is also bias's and addend's and, without scales,
-a's and b's. With scales, one each, a and b are FP8."""
+"""a [T, K] b [N, K]^T + bias [N] + addend [T, N] of FP8 with one scale each, rounded once, in `dtype`, which is also bias's and
+addend's."""

@@ -125,7 +125,6 @@ OTHERS = {
         lambda: (x(), x(16, "stepped"), x()[:16], x(), "gelu", True),
     ],
     "gemm_add": [
-        lambda: (x(), x()[:16], None, None, None, x(16), torch.bfloat16, True),
         lambda: (*fp8_operands(Mode.CURRENT, Mode.DELAYED), GAMMA[:32], draw(32, 32, dtype=torch.bfloat16), torch.bfloat16, True),
         lambda: (*fp8_operands(Mode.CURRENT, Mode.DELAYED), None, None, torch.float16, False),
     ],
