@@ -293,6 +293,16 @@ def _compiled_norm_quantized(
 _kernels: dict[tuple[Any, ...], Any] = {}
 
 
+def _compile(key: tuple[Any, ...]) -> Any:
+    try:
+        return _compiled_norm_quantized(*key)
+    except Exception as error:  # whatever a compiler package may raise in another version
+        warnings.warn(
+            f"{__name__} was not compiled, norms take two launches instead: {type(error).__name__}: {error}", stacklevel=2
+        )
+        return None
+
+
 def norm_quantized(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -317,11 +327,13 @@ def norm_quantized(
     records = q.tenant >= 0
     dtypes = (x.dtype, gamma.dtype, None if beta is None else beta.dtype, q.dtype)
     key = (_SOURCE, cols, *dtypes, residual is not None, records, rms, zero_centered)
-    kernel = _kernels.get(key)
-    if kernel is None:
+    if key not in _kernels:
         if torch.cuda.is_current_stream_capturing():
             return None
-        kernel = _kernels[key] = _compiled_norm_quantized(*key)
+        _kernels[key] = _compile(key)
+    kernel = _kernels[key]
+    if kernel is None:
+        return None
     out = new_quantized(x, rows, cols, q)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     state = arena(x.device) if records else None
