@@ -193,6 +193,9 @@ def _walks(cols: int, dropout: bool, sums: bool, amax: bool, fp8: bool) -> bool:
     return cols <= 8192 and (dropout or sums or amax or fp8)
 
 
+_CLUSTER_COLS = 2048  # narrower rows are not worth a cluster, nor the import
+
+
 @functools.cache
 def _cluster() -> ModuleType | None:
     """kernels.norm_cluster, where there is what it is written for: a Hopper GPU and quack-kernels."""
@@ -226,7 +229,8 @@ def forward(
     flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads. addends: what the rows are the
     sum of, where they are no more than that.
     """
-    if addends is not None and q.mode == Mode.DELAYED and q.row and q.col and not sm_margin and (cluster := _cluster()):
+    both = q.mode == Mode.DELAYED and q.row and q.col
+    if addends is not None and both and not sm_margin and like.shape[1] >= _CLUSTER_COLS and (cluster := _cluster()):
         served = cluster.norm_quantized(*addends, out, gamma, beta, eps, zero_centered, rms, q)
         if served is not None:
             return served

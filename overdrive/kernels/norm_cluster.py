@@ -32,7 +32,6 @@ from overdrive.ops.scaling import arena
 
 ROWS = 32
 _WARP_COLS = 128
-_LEAST_COLS = 2048  # of x
 _MOST_COLS = 1024  # of a block
 _REGISTERS = 128  # of a thread, half of which hold x
 _MAGNITUDE = 0x7FFFFFFF  # all bits of an f32 but its sign
@@ -318,7 +317,7 @@ def norm_quantized(
     where that is not served, or nothing can be compiled because a CUDA graph is captured.
     """
     rows, cols = x.shape
-    served = x.dtype in (torch.float16, torch.bfloat16) and rows > 0 and rows % ROWS == 0 and cols >= _LEAST_COLS
+    served = x.dtype in (torch.float16, torch.bfloat16) and rows > 0 and rows % ROWS == 0
     if not (served and cluster_size(cols)):
         return None
     matrices = (x,) if residual is None else (x, residual)
