@@ -271,23 +271,9 @@ def norm(
 ) -> tuple[torch.Tensor, ...]:
     """overdrive::norm."""
     x, gamma, beta = dense(x), dense(gamma), None if beta is None else dense(beta)
-    args = (x, x.stride(0))
-    out, mean, rstd = forward(
-        load_source,
-        args,
-        None,
-        x.itemsize,
-        None,
-        x,
-        gamma,
-        beta,
-        eps,
-        zero_centered,
-        rms,
-        sm_margin,
-        Quantization(*tail),
-        (x, None),
-    )
+    of_rows = (load_source, (x, x.stride(0)), None, x.itemsize, None, x)
+    how = (gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail))
+    out, mean, rstd = forward(*of_rows, *how, (x, None))
     return (*out, mean, rstd)
 
 

@@ -101,20 +101,7 @@ def residual_norm(x, bias, residual, p, seed, gamma, beta, eps, zero_centered, r
     args, itemsize = _residual_args(x, bias, residual, p, seed), x.itemsize + residual.itemsize
     gamma, beta = dense(gamma), None if beta is None else dense(beta)
     addends = (x, residual) if p == 0 and bias is None else None
-    quantized, mean, rstd = forward(
-        _residual_source,
-        args,
-        p > 0,
-        itemsize,
-        out,
-        out,
-        gamma,
-        beta,
-        eps,
-        zero_centered,
-        rms,
-        sm_margin,
-        Quantization(*tail),
-        addends,
-    )
+    of_rows = (_residual_source, args, p > 0, itemsize, out, out)
+    how = (gamma, beta, eps, zero_centered, rms, sm_margin, Quantization(*tail))
+    quantized, mean, rstd = forward(*of_rows, *how, addends)
     return (out, *quantized, mean, rstd)
