@@ -56,7 +56,7 @@ class Residual:
 class LayerNormMLPOptions:
     """fc1_arguments: how many of the Function's arguments are fc1's parameters. add_residual: a Residual comes first, dropping with
     probability p. return_norm, return_residual: also return the norm's output; the norm's input. add_input: instead, return that +
-    dropout(y) with probability output_p.
+    dropout_p(y), whose seed is the Function's output_seed.
     """
 
     norm: NormOptions
@@ -67,7 +67,6 @@ class LayerNormMLPOptions:
     return_norm: bool = False
     return_residual: bool = False
     add_input: bool = False
-    output_p: float = 0.0
     add_residual: bool = False
     p: float = 0.0
     residual_bias_grad: bool = False
@@ -119,7 +118,7 @@ class _LayerNormMLP(torch.autograd.Function):
         else:
             h = forward_product(norm_op, w1_op, bias1, fc1)
             a_op = activate(h, options.activation, fc2, scales)
-        y_TK = forward_product(a_op, w2_op, bias2, fc2, x_TK if options.add_input else None, options.output_p, output_seed)
+        y_TK = forward_product(a_op, w2_op, bias2, fc2, x_TK if options.add_input else None, options.p, output_seed)
         kept = (
             for_backward(norm_op) if fc1.weight_grad else None,
             for_backward(w1_op) if fc1.input_grad else None,
@@ -145,8 +144,8 @@ class _LayerNormMLP(torch.autograd.Function):
         options, fc1, fc2, scales = ctx.options, ctx.options.fc1, ctx.options.fc2, Scales(snapshot, slots)
         norm_op, w1_op, a_op, w2_op = unpack(tensors, ctx.layout)
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        if options.output_p > 0:
-            dy, dbias2 = branch_gradient(dy, options.output_p, output_seed, fc2.bias_grad)
+        if output_seed is not None:
+            dy, dbias2 = branch_gradient(dy, options.p, output_seed, fc2.bias_grad)
             dy_op, _ = grad_operand(dy, fc2, scales, bias_grad=False)
         else:
             dy_op, dbias2 = grad_operand(dy, fc2, scales)

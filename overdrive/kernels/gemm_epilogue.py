@@ -34,6 +34,7 @@ with warnings.catch_warnings():  # of names that have moved in the package's own
 from overdrive.kernels.activation import activated
 from overdrive.kernels.launch import MOST_HELD
 from overdrive.kernels.tile import column_sums, new_amax
+from overdrive.ops.activation import _GELU_CUBIC, _GELU_SCALE
 from overdrive.ops.quantize import Mode, Quantization, Quantized, new_quantized
 from overdrive.ops.scaling import arena
 
@@ -150,15 +151,15 @@ _DELAYED = (_Slot("slot"), _Scale("scale"), _Inverse("inverse"), _Tenant("tenant
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------------------
 
-_GELU = -2 * math.log2(math.e) * math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715 * _GELU
-_INNER = 2 * math.sqrt(2 / math.pi)
-_INNER_CUBIC = 3 * 0.044715 * _INNER
+_EXPONENT = -2 * math.log2(math.e) * _GELU_SCALE
+_EXPONENT_CUBIC = _GELU_CUBIC * _EXPONENT
+_INNER = 2 * _GELU_SCALE
+_INNER_CUBIC = 3 * _GELU_CUBIC * _INNER
 
 
 def _gelu_gate(x):
     """sigmoid(2 z) of the tanh's argument z: the hardware's tanh would lose the relative accuracy of small results."""
-    return cute.arch.rcp_approx(1.0 + cute.arch.exp2(x * (_GELU + _GELU_CUBIC * (x * x))))
+    return cute.arch.rcp_approx(1.0 + cute.arch.exp2(x * (_EXPONENT + _EXPONENT_CUBIC * (x * x))))
 
 
 def _gelu_epilogue(acc, bias=None):

@@ -314,7 +314,7 @@ def norm_quantized(
     q: Quantization,
 ) -> tuple[Quantized, torch.Tensor, torch.Tensor] | None:
     """kernels.norm.forward of x, or of `total` = x + residual, with delayed scaling in both layouts: (Quantized, mean, rstd). None
-    where that is not served, or nothing can be compiled because a CUDA graph is captured.
+    where that is not served or the kernel is not compiled: nothing can be while a CUDA graph is captured.
     """
     rows, cols = x.shape
     served = x.dtype in (torch.float16, torch.bfloat16) and rows > 0 and rows % ROWS == 0

@@ -216,7 +216,6 @@ class LayerNormMLP(Module):
                 self.return_layernorm_output,
                 keep_residual,
                 add_input,
-                0.0 if output_seed is None or front is None else front.p,
                 front is not None,
                 0.0 if front is None else front.p,
                 front is not None and front.bias is not None and front.bias.requires_grad,
