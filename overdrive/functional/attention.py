@@ -157,7 +157,7 @@ def scored_attention(
     query, key, value, mask, causal: bool, dropout: float, scale: float | None, scores: Scores | None = None, bias=None, dead=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(what `attention` gives with `bias` [1 or B, 1 or H, 1 or S, T] added to the scaled scores, each head's largest or None)."""
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
     case = _case(query, key, value, mask, causal, dropout, *_scores_case(scores, bias, query, key, value))
     names, repeat = (("reference",), False) if query.numel() == 0 or key.numel() == 0 else route(*case)
     if names[0] == "flash-attn-4":
@@ -298,7 +298,7 @@ def _padded(query, key, value, packing_q: Packing, packing_kv: Packing) -> tuple
 def _prepared(query, key, value, attention_mask, kind: MaskKind, batch_first: bool, scale: float | None, scores: Scores | None):
     """(Q, K and V as views [B, H, S, D], bias, score mask, causal, dead), see attention_mask.score_mask."""
     order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-    query, key, value = (x.permute(order) for x in autocasted(query, key, value))
+    query, key, value = [x.permute(order) for x in autocasted(query, key, value)]
     bias = None if scores is None else _bias(scores, kind, attention_mask, query, key.shape[2], scale)
     return query, key, value, bias, *score_mask(kind, attention_mask, query.shape[2], key.shape[2], query.device)
 

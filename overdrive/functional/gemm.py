@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from overdrive.ops.gemm import gemm
+from overdrive.ops.gemm import gemm, gemms, host_decides
 from overdrive.ops.gemm_epilogue import gemm_add
 from overdrive.ops.quantize import PAD, Mode
 from overdrive.ops.residual import residual_add
@@ -46,15 +47,29 @@ class GemmOptions:
         return quantizing(self.rules) is not None
 
 
-def matmul(a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = False) -> torch.Tensor:
-    """a [M, K] @ b [N, K].T + bias -> [M, N] in `dtype`. fast: see recipe.MMParams."""
-    if isinstance(a, QuantizedTensor):
-        assert isinstance(b, QuantizedTensor)
-        if _prefers_epilogues(a, b, dtype, fast):
-            return gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, None, dtype, fast)
-        out = gemm(a.data, b.data, a.scale_inv, b.scale_inv, bias, dtype, a.mode, b.mode, fast)
-        return out if out.shape[0] == a.shape[0] else out[: a.shape[0]]
-    return gemm(a, b, None, None, bias, dtype, Mode.PLAIN, Mode.PLAIN, fast)
+def matmul(
+    a: Operand,
+    b: Operand,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    fast: bool = False,
+    addend: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """a [M, K] @ b [N, K].T + bias + addend [M, N] -> [M, N] in `dtype`. fast: see recipe.MMParams."""
+    if isinstance(a, torch.Tensor):
+        return gemm(a, b, None, None, bias, dtype, Mode.PLAIN, Mode.PLAIN, fast, addend)
+    assert isinstance(b, QuantizedTensor)
+    assert a.data is not None
+    padded = a.data.shape[0] != a.shape[0]
+    joined = None if padded else addend
+    if _prefers_epilogues(a, b, dtype, fast):
+        out = gemm_add(a.data, b.data, a.scale_inv, b.scale_inv, bias, joined, dtype, fast)
+    else:
+        out = gemm(a.data, b.data, a.scale_inv, b.scale_inv, bias, dtype, a.mode, b.mode, fast, joined)
+    if padded:
+        out = out[: a.shape[0]]
+        return out if addend is None else out.add_(addend)
+    return out
 
 
 def calibrate(x: torch.Tensor, quantizer: Quantizer, scales: Scales) -> None:
@@ -151,16 +166,16 @@ def _runs_epilogues(a: Operand, b: Operand, dtype: torch.dtype) -> bool:
     return fits and a.shape[0] * b.shape[0] * b.shape[1] >= FUSED_MULTIPLICATIONS and is_gemm_epilogue_available()[0]
 
 
+def _fast(options: GemmOptions, product: str) -> bool:
+    """Whether the recipe lets a product sum as the tensor cores do; see recipe.MMParams."""
+    return options.rules is not None and not getattr(options.rules.recipe, product).use_split_accumulator
+
+
 def fuses_epilogue(x: Operand, weight: Operand, options: GemmOptions) -> bool:
     """Whether what follows the product x w^T can join it."""
     if isinstance(x, QuantizedTensor):
-        return not accumulates_split(options) and _runs_epilogues(x, weight, options.dtype)
+        return _fast(options, "fp8_gemm_fprop") and _runs_epilogues(x, weight, options.dtype)
     return options.rules is None and _runs_epilogues(x, weight, options.dtype)
-
-
-def accumulates_split(options: GemmOptions) -> bool:
-    """Whether the recipe asks for full f32 sums in the forward product."""
-    return options.rules is not None and options.rules.recipe.fp8_gemm_fprop.use_split_accumulator
 
 
 def _prefers_epilogues(a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, fast: bool) -> bool:
@@ -189,22 +204,18 @@ def forward_product(
     if addend is not None and p == 0 and isinstance(x, QuantizedTensor) and fuses_epilogue(x, weight, options):
         assert isinstance(weight, QuantizedTensor)
         return gemm_add(x.data, weight.data, x.scale_inv, weight.scale_inv, bias, addend, options.dtype, True)
-    y = matmul(x, weight, options.dtype, bias, options.rules is not None and not accumulates_split(options))
-    if addend is None:
-        return y
-    return residual_add(y, None, addend, p, seed) if p > 0 else y.add_(addend)
+    y = matmul(x, weight, options.dtype, bias, _fast(options, "fp8_gemm_fprop"), None if p > 0 else addend)
+    return y if addend is None or p == 0 else residual_add(y, None, addend, p, seed)
 
 
 def input_gradient(dy: Operand, weight: Operand, options: GemmOptions) -> torch.Tensor:
     """dx = dy w."""
-    fast = options.rules is not None and not options.rules.recipe.fp8_gemm_dgrad.use_split_accumulator
-    return matmul(dy, weight.t(), options.dtype, None, fast)
+    return matmul(dy, weight.t(), options.dtype, None, _fast(options, "fp8_gemm_dgrad"))
 
 
 def weight_gradient(dy: Operand, x: Operand, options: GemmOptions, dtype: torch.dtype | None = None) -> torch.Tensor:
     """dw = dy^T x, in the weight's dtype unless told otherwise."""
-    fast = options.rules is not None and not options.rules.recipe.fp8_gemm_wgrad.use_split_accumulator
-    return matmul(dy.t(), x.t(), dtype or options.dtype, None, fast)
+    return matmul(dy.t(), x.t(), dtype or options.dtype, None, _fast(options, "fp8_gemm_wgrad"))
 
 
 def weight_gradients(dy: Operand, x: Operand, options: GemmOptions) -> tuple[torch.Tensor | None, ...]:
@@ -215,3 +226,45 @@ def weight_gradients(dy: Operand, x: Operand, options: GemmOptions) -> tuple[tor
         return options.sink(dy, x)
     dw = weight_gradient(dy, x, options)
     return (dw,) if len(options.splits) == 1 else dw.split(options.splits)
+
+
+def both_gradients(
+    dy: Operand, weight: Operand, x: Operand, options: GemmOptions
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...] | None]:
+    """(`input_gradient`, `weight_gradients`) in one launch, where both are owed and the products so small that the host decides;
+    else (None, None).
+    """
+    if torch.compiler.is_compiling() or not (options.input_grad and options.weight_grad) or options.sink is not None:
+        return None, None
+    (m, n), k = dy.shape, weight.shape[1]
+    like = dy.data if isinstance(dy, QuantizedTensor) else dy
+    assert like is not None
+    if not (host_decides(m, k, n, like) and host_decides(n, k, m, like)):
+        return None, None
+    if isinstance(dy, torch.Tensor) and not dy.dtype == weight.dtype == x.dtype:
+        return None, None
+    *of_dx, mode_dy, mode_w = _parts(dy, weight.t())
+    *of_dw, mode_dyt, mode_x = _parts(dy.t(), x.t())
+    modes, fast = (mode_dy, mode_w, mode_dyt, mode_x), (_fast(options, "fp8_gemm_dgrad"), _fast(options, "fp8_gemm_wgrad"))
+    dx, dw = gemms.unfilled(*of_dx, *of_dw, options.dtype, *modes, *fast)
+    return dx if dx.shape[0] == m else dx[:m], (dw,) if len(options.splits) == 1 else dw.split(options.splits)
+
+
+def _parts(a: Operand, b: Operand) -> tuple[Any, ...]:
+    """(a, b, their scales, their modes) as overdrive::gemms takes them."""
+    if isinstance(a, QuantizedTensor):
+        assert isinstance(b, QuantizedTensor)
+        return a.data, b.data, a.scale_inv, b.scale_inv, a.mode, b.mode
+    assert isinstance(b, torch.Tensor)
+    return a, b, None, None, Mode.PLAIN, Mode.PLAIN
+
+
+def product_gradients(
+    dy: Operand, weight: Operand, x: Operand, options: GemmOptions
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor | None, ...]]:
+    """(`input_gradient` or None, `weight_gradients`)."""
+    dx, dweights = both_gradients(dy, weight, x, options)
+    if dweights is None:
+        dweights = weight_gradients(dy, x, options)
+        dx = input_gradient(dy, weight, options) if options.input_grad else None
+    return dx, dweights

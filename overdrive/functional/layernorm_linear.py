@@ -11,9 +11,8 @@ from overdrive.functional.gemm import (
     GemmOptions,
     for_backward,
     forward_product,
-    input_gradient,
     input_operand,
-    weight_gradients,
+    product_gradients,
     weight_operand,
 )
 from overdrive.functional.linear import Parameters, gradients, read
@@ -72,10 +71,10 @@ class _LayerNormLinear(torch.autograd.Function):
         options, opts, scales = ctx.options, ctx.options.gemm, Scales(snapshot, slots)
         norm_op, w_op = unpack(tensors, ctx.layout)
         dy_op, dbias = outputs_gradient(grads, options.qkv, opts, scales)
-        dparameters = gradients(ctx.count, weight_gradients(dy_op, norm_op, opts), dbias, opts)
-        if not opts.input_grad:
+        dnorm, dweights = product_gradients(dy_op, w_op, norm_op, opts)
+        dparameters = gradients(ctx.count, dweights, dbias, opts)
+        if dnorm is None:
             return (None,) * 6 + dparameters
-        dnorm = input_gradient(dy_op, w_op, opts)
         if options.return_norm:
             dnorm = dnorm + grads[output_count(options.qkv)].reshape(dnorm.shape)
         dresidual = grads[-1].reshape(x.shape) if options.return_residual else None

@@ -22,12 +22,14 @@ from overdrive.functional.activation import (
 )
 from overdrive.functional.gemm import (
     GemmOptions,
+    both_gradients,
     for_backward,
     forward_product,
     fuses_epilogue,
     grad_operand,
     input_gradient,
     input_operand,
+    product_gradients,
     quantizing,
     release,
     weight_gradients,
@@ -154,24 +156,25 @@ class _LayerNormMLP(torch.autograd.Function):
         if ctx.again:
             dh_op, dbias1, a_op = activation_product_gradient(dy_op, w2_op, h, options.activation, fc1)
         count2 = ctx.count - options.fc1_arguments
-        dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2), dbias2, fc2)
+        da, dweights = (None, None) if ctx.again else both_gradients(dy_op, w2_op, a_op, fc2)
+        dfc2 = gradients(count2, weight_gradients(dy_op, a_op, fc2) if dweights is None else dweights, dbias2, fc2)
         if not fc2.input_grad:
             return (None,) * (10 + options.fc1_arguments) + dfc2
         if fc2.sink is None:
             release(a_op)
         del a_op
         if dh_op is None:
-            da = input_gradient(dy_op, w2_op, fc2)
+            da = input_gradient(dy_op, w2_op, fc2) if da is None else da
             del dy_op
             release(w2_op if fc2.quantizes and not ctx.cached2 else None)
             dh_op, dbias1 = activation_gradient(da, h, options.activation, fc1, scales)
             del da
             in_place = dh_op is h
             release(None if in_place else h)
-        dfc1 = gradients(options.fc1_arguments, weight_gradients(dh_op, norm_op, fc1), dbias1, fc1)
-        if not fc1.input_grad:
+        dnorm, dweights = product_gradients(dh_op, w1_op, norm_op, fc1)
+        dfc1 = gradients(options.fc1_arguments, dweights, dbias1, fc1)
+        if dnorm is None:
             return (None,) * 10 + dfc1 + dfc2
-        dnorm = input_gradient(dh_op, w1_op, fc1)
         del dh_op
         release(h if in_place and fc1.sink is None else None)
         if options.return_norm:

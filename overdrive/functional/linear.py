@@ -12,9 +12,8 @@ from overdrive.functional.gemm import (
     for_backward,
     forward_product,
     grad_operand,
-    input_gradient,
     input_operand,
-    weight_gradients,
+    product_gradients,
     weight_operand,
 )
 from overdrive.functional.node import applied, first_order
@@ -94,16 +93,21 @@ def _quantized_input(x: torch.Tensor, options: GemmOptions) -> Operand:
     return x.reshape(-1, x.shape[-1])
 
 
+_FEW = 2**20
+"""Elements of an input whose transposed FP8 copy is no memory to speak of, and the launch that it takes in backward is."""
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, snapshot, slots, options, *parameters):
         opts, scales = options.gemm, Scales(snapshot, slots)
         weight, bias, cached = read(parameters, opts)
         x_TK = _quantized_input(x, opts)
-        x_op = input_operand(x_TK, opts, scales, row_only=options.save_original_input)
+        saves_original = options.save_original_input and (torch.compiler.is_compiling() or x.numel() > _FEW)
+        x_op = input_operand(x_TK, opts, scales, row_only=saves_original)
         w_op = weight_operand(weight, opts, scales, cached)
         y_TN = forward_product(x_op, w_op, bias, opts)
-        x_saved = x_TK if options.save_original_input else for_backward(x_op)
+        x_saved = x_TK if saves_original else for_backward(x_op)
         tensors, ctx.layout = pack((x_saved if opts.weight_grad else None, for_backward(w_op) if opts.input_grad else None))
         ctx.save_for_backward(*tensors, snapshot, slots)
         ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
@@ -123,8 +127,9 @@ class _Linear(torch.autograd.Function):
         if opts.quantizes and isinstance(x_op, torch.Tensor):  # save_original_input
             x_op = opts.rules.at(0, record=False).input(x_op, scales, row=False, col=True)[0]
         dy_op, dbias = grad_operand(dy.reshape(-1, dy.shape[-1]), opts, scales)
-        dx = input_gradient(dy_op, w_op, opts).view(ctx.shape) if opts.input_grad else None
-        return dx, None, None, None, *gradients(ctx.count, weight_gradients(dy_op, x_op, opts), dbias, opts)
+        dx, dweights = product_gradients(dy_op, w_op, x_op, opts)
+        dx = None if dx is None else dx.view(ctx.shape)
+        return dx, None, None, None, *gradients(ctx.count, dweights, dbias, opts)
 
 
 _apply = applied(_Linear)

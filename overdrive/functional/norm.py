@@ -82,7 +82,7 @@ def norm_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dx + dresidual, dgamma, dbeta); dbeta is None for an RMSNorm."""
     arguments = (options.zero_centered, options.rms, options.backward_sm_margin)
-    dx, dgamma, dbeta = norm_backward(dy, x, gamma, mean, rstd, dresidual, *arguments)
+    dx, dgamma, dbeta = norm_backward.unfilled(dy, x, gamma, mean, rstd, dresidual, *arguments)
     return dx, dgamma, None if options.rms else dbeta
 
 

@@ -36,7 +36,7 @@ class QKVLayout:
             stride = (per_group + 2) * width
             query = stride if per_group == 1 else width if self.groups == 1 else 0
             starts, strides = (0, per_group, per_group + 1), (query, stride, stride)
-        return tuple(zip((self.heads, self.groups, self.groups), (start * width for start in starts), strides))
+        return tuple(zip((self.heads, self.groups, self.groups), [start * width for start in starts], strides))
 
 
 def outputs_of(y: torch.Tensor, layout: QKVLayout | None) -> tuple[torch.Tensor, ...]:
@@ -73,7 +73,7 @@ def outputs_gradient(
     """`gemm.grad_operand` of what `outputs_of` gave."""
     if layout is None:
         return grad_operand(grads[0].reshape(-1, grads[0].shape[-1]), options, scales)
-    dq, dk, dv = (x if x.dim() == 4 else x.unsqueeze(1) for x in grads[:3])
+    dq, dk, dv = [x if x.dim() == 4 else x.unsqueeze(1) for x in grads[:3]]
     whole = whole_gradient(dq, dk, dv, layout)
     if whole is not None:
         return grad_operand(whole, options, scales)

@@ -68,7 +68,11 @@ class Launcher:
             with torch.cuda.device(device):
                 return self(grid, device, args, tail)
         key: list[Any] = [self, device]
-        values, pointers = _flatten(args, key)
+        if len(args) == 1 and args[0].__class__ is tuple:
+            inner, pointers = _flatten(args[0], key)
+            values: list[Any] = [tuple(inner)]
+        else:
+            values, pointers = _flatten(args, key)
         if pointers & 15:
             key.append(_alignments(args))
         held = _held.get(tuple(key))

@@ -51,10 +51,11 @@ def _norm_source(args, ZERO_CENTERED: tl.constexpr, row0, r, cols, T, F):
 
 
 @triton.jit(do_not_specialize=["T", "Tp", "slot", "tenant", "eps"])
-def _norm_rows(args, out, y, mean, rstd, gamma, beta, inv, scales, slots, slot, amax, owner, tenant, T, Tp, K, eps,
+def _norm_rows(args, out, y, yt, mean, rstd, gamma, beta, inv, scales, slots, slot, amax, owner, tenant, T, Tp, K, eps,
                SOURCE: tl.constexpr, FLAG: tl.constexpr, RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, R: tl.constexpr,
                BK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), amax of the norm (i32).
+    """Rows of a source -> mean, rstd, and what is not None of: out (the rows themselves), y (the norm), yt (its transposed copy),
+    amax of the norm (i32).
 
     y is FP8 where scales are given: then Tp >= T of its rows are written, inv is the reciprocal scale, and amax the arena's,
     recorded where owner is not None.
@@ -103,6 +104,9 @@ def _norm_rows(args, out, y, mean, rstd, gamma, beta, inv, scales, slots, slot, 
             if y is not None:
                 value = value.to(y.dtype.element_ty) if scales is None else to_fp8(value * scale, y.dtype.element_ty)
                 store_tile(y, K, row0, r, 0, cols, value, Tp, K)
+                if yt is not None:
+                    inside_t = inside[:, None] & (r < Tp - row0)[None, :]
+                    tl.store(yt + cols[:, None] * Tp + (row0 + r)[None, :], tl.trans(value), inside_t)
     if amax is not None:
         tl.atomic_max(amax, tl.max(largest), sem="relaxed")
 
@@ -175,6 +179,20 @@ def _few_rows(rows: int, cols: int, device: torch.device, sm_margin: int) -> _Ro
     return _Rows(height, width, warps, programs, 1)
 
 
+_NARROW = 1024
+"""Columns of rows of which a program holds enough for the transposed copy too."""
+_FEW_ELEMENTS = 2**20
+"""Of a norm so small that a launch saved counts for more than how its transposed copy is stored, byte by byte."""
+
+
+@functools.lru_cache(MOST_HELD)
+def _narrow_rows(rows: int, cols: int) -> _Rows:
+    """A program to each tile of 16 rows or more."""
+    width = max(triton.next_power_of_2(cols), 128)
+    height = 16 * _NARROW // width
+    return _Rows(height, width, 8, max(-(-rows // height), 1), 1)
+
+
 @functools.lru_cache(MOST_HELD)
 def _walking(rows: int, cols: int, device: torch.device, sm_margin: int, itemsize: int) -> _Rows:
     """Few programs that walk over all rows and load the next ones meanwhile. itemsize: bytes of an element of all inputs."""
@@ -236,19 +254,20 @@ def forward(
             return served
     rows, cols = like.shape
     mean, rstd = like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, dtype=torch.float32)
-    fp8 = q.mode == Mode.DELAYED and q.row and not q.col
+    both = both and not sm_margin and cols <= _NARROW and rows * cols <= _FEW_ELEMENTS
+    fp8 = q.mode == Mode.DELAYED and q.row and (both or not q.col)
     written = new_quantized(like, rows, cols, q) if fp8 or q.mode == Mode.PLAIN else None
-    y = None if written is None else written.data
+    y, yt = (None, None) if written is None else written[:2]
     stored_rows, recording = padded(rows) if fp8 else rows, fp8 and q.tenant >= 0 and rows > 0
     amax = new_amax(like) if q.mode == Mode.CURRENT else arena(like.device).amax_bits if recording else None
     walks = _walks(cols, bool(flag), out is not None and y is None, amax is not None, fp8)
     case = (stored_rows, cols, like.device, sm_margin)
-    shape = _walking(*case, itemsize) if walks else _few_rows(*case)
+    shape = _narrow_rows(stored_rows, cols) if both else _walking(*case, itemsize) if walks else _few_rows(*case)
     if rows or fp8:
         delayed = (written.scale_inv, q.scales, q.slots) if written is not None and fp8 else (None, None, None)
         launch(
             _norm_rows, (shape.programs, 1, 1), like.get_device(),
-            (args, out, y, mean, rstd, gamma, beta, *delayed, q.slot, amax, arena(like.device).owner if recording else None,
+            (args, out, y, yt, mean, rstd, gamma, beta, *delayed, q.slot, amax, arena(like.device).owner if recording else None,
              q.tenant, rows, stored_rows, cols, eps),
             (source, flag, rms, zero_centered, shape.height, shape.width, shape.stages), shape.warps,
         )  # fmt: skip

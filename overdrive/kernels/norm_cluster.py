@@ -32,7 +32,7 @@ from overdrive.ops.scaling import arena
 
 ROWS = 32
 _WARP_COLS = 128
-_MOST_COLS = 1024  # of a block
+_MOST_COLS, _BEST_COLS = 1024, 512  # of a block
 _REGISTERS = 128  # of a thread, half of which hold x
 _MAGNITUDE = 0x7FFFFFFF  # all bits of an f32 but its sign
 _SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
@@ -41,7 +41,8 @@ _SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
 
 def cluster_size(cols: int) -> int:
     """How many blocks share rows of so many columns, each a whole number of warps; 0 if none can."""
-    return next((n for n in (2, 4, 8) if cols <= n * _MOST_COLS and cols % (n * _WARP_COLS) == 0), 0)
+    possible = [n for n in (2, 4, 8) if cols <= n * _MOST_COLS and cols % (n * _WARP_COLS) == 0]
+    return next((n for n in possible if cols <= n * _BEST_COLS), max(possible, default=0))
 
 
 class _NormQuantized:

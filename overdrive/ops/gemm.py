@@ -1,6 +1,6 @@
 """Matrix products: out = a @ b.T (+ bias), both operands with the contraction last, in fp32/fp16/bf16 or FP8.
 
-Shapes: a [M, K], b [N, K], bias [N], out [M, N]. FP8 operands are quantized data with their reciprocal scales
+Shapes: a [M, K], b [N, K], bias [N], addend and out [M, N]. FP8 operands are quantized data with their reciprocal scales
 (ops.quantize.Quantized).
 """
 
@@ -26,14 +26,24 @@ def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, mode: int) -> torch.
     return data.float() * scale_inv
 
 
-def _gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
+def _gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation, addend=None) -> torch.Tensor:
     if mode_a == Mode.PLAIN:
-        return F.linear(a.to(dtype), b.to(dtype), bias if bias is None else bias.to(dtype))
-    out = dequantize(a, scale_a, mode_a) @ dequantize(b, scale_b, mode_b).t()
-    return (out if bias is None else out + bias.float()).to(dtype)
+        out = F.linear(a.to(dtype), b.to(dtype), bias if bias is None else bias.to(dtype))
+    else:
+        out = dequantize(a, scale_a, mode_a) @ dequantize(b, scale_b, mode_b).t()
+        out = (out if bias is None else out + bias.float()).to(dtype)
+    return out if addend is None else out.add_(addend)
 
 
-def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
+def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation, addend=None) -> torch.Tensor:
+    how = (a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation)
+    if host_decides(a.shape[0], b.shape[0], b.shape[1], a) and (mode_a != Mode.PLAIN or a.dtype == b.dtype):
+        return _small_gemm()(*how, addend)
+    out = _cublas(*how)
+    return out if addend is None else out.add_(addend)
+
+
+def _cublas(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
     if a.numel() == 0 or b.numel() == 0:  # cuBLAS leaves the output of an empty product unwritten
         out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
         return out if bias is None else out + bias
@@ -57,6 +67,28 @@ def _sms_of_hopper(device: torch.device) -> int:
     """Multiprocessors of a Hopper GPU, 0 for any other."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
+
+
+_SMALL = 2**30
+"""Multiplications of a product that takes a Hopper GPU 3 to 8 us, which is less than the host takes to launch it."""
+_SMALL_CONTRACTION = 2048
+"""Of such a product: in a long one programs that each contract all of it are slow."""
+
+
+def host_decides(m: int, n: int, k: int, like: torch.Tensor) -> bool:
+    """Whether a product of such a matrix, [m, k] by [k, n], is so small that kernels.small_gemm takes it.
+
+    Measured on an H200 in a training step: its launch takes the host 12 to 15 us, torch._scaled_mm 45 to 60, with scale blocks 70
+    to 107, torch.addmm 54, torch.mm 30. On the GPU it is as fast up to a contraction of 1024, and up to 3 us slower beyond.
+    """
+    if m < BLOCK // 2 or not 0 < m * n * k <= _SMALL or k > _SMALL_CONTRACTION or not like.is_cuda:
+        return False
+    return like.dtype not in (torch.float32, torch.float64) and _sms_of_hopper(like.device) > 0
+
+
+@functools.cache
+def _small_gemm() -> Callable[..., torch.Tensor]:
+    return Kernel(("small_gemm", "small_gemm")).load()
 
 
 @functools.cache
@@ -97,9 +129,30 @@ def _block_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b) -> torch.Te
 
 gemm = define(
     "gemm(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor? bias, ScalarType dtype, int mode_a, int mode_b, "
-    "bool fast_accumulation) -> Tensor",
+    "bool fast_accumulation, Tensor? addend=None) -> Tensor",
     reference=_gemm,
     kernel=_gemm_cuda,
-    fake=lambda a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+    fake=lambda a, b, scale_a, scale_b, bias, dtype, *_: a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
 )
-"""a @ b.T + bias in `dtype`, summed in f32. mode_a, mode_b: the operands' Mode (PLAIN: no scales)."""
+"""a @ b.T + bias, summed in f32, in `dtype`; then + addend [M, N] of that dtype. mode_a, mode_b: the operands' Mode (PLAIN: no
+scales)."""
+
+
+def _gemms(a, b, scale_a, scale_b, c, d, scale_c, scale_d, dtype, mode_a, mode_b, mode_c, mode_d, fast_ab, fast_cd):
+    return (
+        _gemm(a, b, scale_a, scale_b, None, dtype, mode_a, mode_b, fast_ab),
+        _gemm(c, d, scale_c, scale_d, None, dtype, mode_c, mode_d, fast_cd),
+    )
+
+
+gemms = define(
+    "gemms(Tensor a, Tensor b, Tensor? scale_a, Tensor? scale_b, Tensor c, Tensor d, Tensor? scale_c, Tensor? scale_d, "
+    "ScalarType dtype, int mode_a, int mode_b, int mode_c, int mode_d, bool fast_ab, bool fast_cd) -> (Tensor, Tensor)",
+    reference=_gemms,
+    kernel=("small_gemm", "small_gemms"),
+    fake=lambda a, b, scale_a, scale_b, c, d, scale_c, scale_d, dtype, *_: (
+        a.new_empty((a.shape[0], b.shape[0]), dtype=dtype),
+        c.new_empty((c.shape[0], d.shape[0]), dtype=dtype),
+    ),
+)
+"""(a @ b.T, c @ d.T) in one launch, of products for which `host_decides`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 _PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 """Types of arguments that a kernel takes as they are; those that are no tensors join when they first come."""
@@ -22,6 +23,8 @@ class Kernel:
 
     def load(self) -> Callable[..., Any]:
         """The function; RuntimeError if that needs a triton which is not installed."""
+        if self.function is not None:
+            return self.function
         family, function = self.name  # pyright: ignore[reportGeneralTypeIssues]
         try:
             self.function = getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)
@@ -31,18 +34,15 @@ class Kernel:
             raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
         return self.function
 
-    def __call__(self, *args: Any) -> Any:
-        return (self.function or self.load())(*args)
 
-
-def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with an empty tensor for every None that it returns: outputs as a schema can have them.
+def _filled(function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `function` gives, with an empty tensor for every None that it returns: outputs as a schema can have them.
 
     Each is its caller's own: autograd would take a shared one for an output of the node that returned it last.
     """
 
     def filled(*args: Any) -> Any:
-        outputs = function(*args)
+        outputs = function()(*args)
         if not isinstance(outputs, tuple):
             return outputs
         return tuple(args[0].new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
@@ -56,19 +56,19 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     kernel: tuple[str, str] | Callable[..., Any],
-) -> Callable[..., Any]:
+) -> Any:
     """Define ``overdrive::<schema>`` and return what calls it.
 
     kernel: the CUDA implementation, either a callable or (family, function) in ``overdrive.kernels``, imported on first call
     so that nothing needs triton before a CUDA tensor arrives. Of several outputs, each function returns None for those that were
-    not asked for; callers find an empty tensor there.
+    not asked for; callers find an empty tensor there, and callers of the result's `unfilled` that or None.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _filled(reference), "CPU")
-    implementation = _filled(Kernel(kernel))
-    _LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
+    implementation = Kernel(kernel)
+    _LIBRARY.impl(name, _filled(lambda: reference), "CPU")
+    _LIBRARY.impl(name, _filled(implementation.load), "CUDA")
+    torch.library.register_fake(f"overdrive::{name}", _filled(lambda: fake), lib=_LIBRARY)
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
@@ -81,21 +81,26 @@ def _plain(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _direct(overload: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`overload`, past the dispatcher where it would only call `kernel`: that costs 10 us for ops of twenty arguments."""
+def _direct(overload: Any, kernel: Kernel) -> Any:
+    """What calls `overload`, or `kernel` where the dispatcher would do no more: it costs 10 us for ops of twenty arguments."""
 
-    def op(*args: Any) -> Any:
+    def unfilled(*args: Any) -> Any:
+        first = args[0]
         if (
-            torch.compiler.is_compiling()
-            or not args[0].is_cuda
+            is_dynamo_compiling()
+            or not first.is_cuda
             or not (_PLAIN.issuperset(map(type, args)) or _plain(args))
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
-            or (args[0].requires_grad and torch.is_grad_enabled())
+            or (first.requires_grad and torch.is_grad_enabled())
         ):
             return overload(*args)
-        return kernel(*args)
+        return (kernel.function or kernel.load())(*args)
 
+    if len(overload._schema.returns) == 1:
+        return unfilled
+    op: Any = _filled(lambda: unfilled)
+    op.unfilled = unfilled
     return op
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ class Quantizer:
 
 
 def produce(
-    op: Callable[..., Any],
+    op: Any,
     arguments: tuple[Any, ...],
     quantizer: Quantizer | None,
     scales: Scales,
@@ -62,21 +61,23 @@ def produce(
     row: bool = True,
     col: bool = False,
     at: int = 0,
-) -> tuple[Operand, tuple[torch.Tensor, ...]]:
-    """Run an op with a QUANTIZATION tail: (its output of `shape`, quantized where there is a quantizer; its other outputs).
+) -> tuple[Operand, tuple[Any, ...]]:
+    """Run an op with a QUANTIZATION tail: (its output of `shape`, quantized where there is a quantizer; its other outputs or None).
 
     dtype: of the output, or what its quantized values stand for. row, col: which layouts. at: where among the op's outputs the
     Quantized begins.
     """
     if quantizer is None:
-        outputs = op(*arguments, *Quantization(Mode.PLAIN, dtype))
+        outputs = op.unfilled(*arguments, Mode.PLAIN, dtype, None, None, 0, -1, False, True, False)
         return outputs[at], outputs[:at] + outputs[at + 4 :]
-    outputs = op(*arguments, *quantizer.arguments(scales, row, col))
+    mode = quantizer.mode
+    how = (quantizer.slot, quantizer.tenant, quantizer.power_of_2, row, col)
+    outputs = op.unfilled(*arguments, mode, quantizer.dtype, scales.snapshot, scales.slots, *how)
     data, data_t, scale_inv, scale_inv_t = outputs[at : at + 4]
-    if quantizer.mode.per_tensor:
+    if mode <= Mode.CURRENT:
         scale_inv_t = scale_inv
-    layouts = (data if row else None, data_t if col else None)
-    return QuantizedTensor(*layouts, scale_inv, scale_inv_t, quantizer.mode, shape, dtype), outputs[:at] + outputs[at + 4 :]
+    quantized = QuantizedTensor(data if row else None, data_t if col else None, scale_inv, scale_inv_t, mode, shape, dtype)
+    return quantized, outputs[:at] + outputs[at + 4 :]
 
 
 @dataclass
@@ -142,4 +143,4 @@ def rules_for(recipe: Recipe, tenant: int, quantizes: bool = True) -> Rules:
 
 def fits_fp8(*features: int) -> bool:
     """Whether FP8 GEMMs take these feature counts (tokens are padded, features are not)."""
-    return all(size % PAD == 0 and size > 0 for size in features)
+    return min(features) > 0 and True not in [size % PAD > 0 for size in features]

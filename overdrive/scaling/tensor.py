@@ -68,5 +68,12 @@ def pack(operands: tuple[Operand | None, ...]) -> tuple[list[torch.Tensor | None
 
 def unpack(tensors: Any, layout: tuple[Any, ...]) -> list[Any]:
     """The operands that `pack` took apart."""
-    remaining = iter(tensors)
-    return [next(remaining) if entry is None else QuantizedTensor(*(next(remaining) for _ in range(4)), *entry) for entry in layout]
+    operands, at = [], 0
+    for entry in layout:
+        if entry is None:
+            operands.append(tensors[at])
+            at += 1
+        else:
+            operands.append(QuantizedTensor(*tensors[at : at + 4], *entry))
+            at += 4
+    return operands

@@ -17,7 +17,7 @@ from overdrive.modules.layernorm_linear import LayerNormLinear
 from overdrive.ops.attention import attention_backward, attention_forward, places_in_one_matrix, views_at
 from overdrive.scaling.autocast import autocast
 from tests.modules import attention_oracle as oracle
-from tests.numerics import RECIPES, assert_close, assert_same_bits
+from tests.numerics import RECIPES, assert_close, assert_same_bits, observe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 
@@ -199,8 +199,8 @@ def test_layer_backward_without_a_gather(bias, layout, recipe, device, monkeypat
     module = LayerNormLinear(32, features, bias=bias, params_dtype=torch.bfloat16, device=device)
     x = torch.randn(16, 2, 32).to(device, torch.bfloat16).requires_grad_()
     dout = torch.randn(2, layout.heads, 16, layout.head_dim).to(device, torch.bfloat16)
-    gathers, gather = [], qkv.qkv_gradient
-    monkeypatch.setattr(qkv, "qkv_gradient", lambda *arguments: gathers.append(1) or gather(*arguments))
+    gathers = []
+    observe(monkeypatch, qkv, "qkv_gradient", lambda *_: gathers.append(1))
     results = []
     for how in ("whole", "gathered", "used twice"):
         with autocast(enabled=recipe != "plain", recipe=RECIPES[recipe]):

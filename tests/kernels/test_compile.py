@@ -63,7 +63,7 @@ def compiled(monkeypatch):
     def compile_only(self, *args, grid, warmup, **options):
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
         if self.__name__ not in ("_norm_gemm", "_attend_cached"):  # whose products may be too small for them
-            assert ("wgmma" in kernels[-1].asm["ptx"]) == (self.__name__ == "_block_gemm")
+            assert ("wgmma" in kernels[-1].asm["ptx"]) == (self.__name__ in ("_block_gemm", "_small_gemm", "_small_gemms"))
         return kernels[-1]
 
     monkeypatch.setattr(jit, "run", compile_only)
@@ -71,6 +71,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as a CPU tensor's get_device()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm"), "sm_count", lambda device: 132)
+    monkeypatch.setattr(importlib.import_module("overdrive.kernels.small_gemm"), "sm_count", lambda device: 132)
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.norm_gemm"), "_gpu", lambda device: (132, 227 << 10))
     monkeypatch.setattr(importlib.import_module("overdrive.kernels.kv_cache"), "sm_count", lambda device: 132)
     triton.runtime.driver.set_active(Hopper())
@@ -126,7 +127,7 @@ def test_many_tiles_a_program(compiled, monkeypatch, mode):
 def test_norm(compiled, rms, mode):
     beta = None if rms else GAMMA
     launch("norm", "norm", X, GAMMA, beta, 1e-5, rms, rms, 0, *QUANTIZATIONS[mode])
-    assert len(compiled) == (1 if mode in ("plain", "delayed row") else 2)
+    assert len(compiled) == (1 if mode in ("plain", "delayed", "delayed e5m2", "delayed row") else 2)
 
 
 @pytest.mark.parametrize("cols", [16, 4096, 20000])
@@ -226,3 +227,45 @@ def test_block_gemm(compiled, monkeypatch, with_bias, out, dtype):
     scale_a, scale_b = torch.ones(4, 48).t(), torch.ones(3, 4)
     launch("gemm", "block_gemm", a, b, scale_a, scale_b, GAMMA if with_bias else None, out)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("tokens", [64, 240, 4096])
+@pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.CURRENT, Mode.BLOCK_1D])
+def test_small_gemm(compiled, mode, tokens):
+    """Both operands of every product in flight, whichever way they lie."""
+    cols, outputs, rows = 512, 128, -(-tokens // 16) * 16
+    kind = torch.bfloat16 if mode == Mode.PLAIN else E4M3
+    x, dy, weight = (torch.ones(size).to(kind) for size in ((rows, cols), (rows, outputs), (outputs, cols)))
+    flipped = (t.t() if mode == Mode.PLAIN else t.t().contiguous() for t in (x, dy, weight))
+    x_t, dy_t, weight_t = flipped
+    other = Mode.BLOCK_2D if mode == Mode.BLOCK_1D else mode
+
+    def scale(t, mode):
+        if mode == Mode.PLAIN or mode.per_tensor:
+            return None if mode == Mode.PLAIN else torch.ones(1)
+        blocks = -(-t.shape[1] // 128)
+        return (
+            torch.ones(blocks, t.shape[0]).t() if mode == Mode.BLOCK_1D else torch.ones(-(-t.shape[0] // 128), -(-blocks // 4) * 4)
+        )
+
+    bias, total = torch.ones(outputs, dtype=torch.bfloat16), torch.ones(rows, outputs, dtype=torch.bfloat16)
+    of_y, of_dx = (x, weight, scale(x, mode), scale(weight, other)), (dy, weight_t, scale(dy, mode), scale(weight_t, other))
+    of_dw = (dy_t, x_t, scale(dy_t, mode), scale(x_t, mode))
+    launch("small_gemm", "small_gemm", *of_y, bias, torch.bfloat16, mode, other, True, total)
+    launch("small_gemm", "small_gemms", *of_dx, *of_dw, torch.bfloat16, mode, other, mode, mode, False, False)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert 0 < kernel.metadata.shared <= 227 << 10
+        loops = kernel.asm["ttgir"].split("ttg.async_wait")[1:]
+        assert len(loops) >= (1 if kernel is compiled[0] else 2)
+        assert not any(".local" in line for line in kernel.asm["ptx"].splitlines() if not line.startswith("."))
+
+
+@pytest.mark.parametrize(("cols", "launches"), [(272, 1), (1024, 1), (1040, 2)])
+def test_norm_of_few_elements_takes_one_launch(compiled, cols, launches):
+    x, gamma = torch.ones(48, cols, dtype=torch.bfloat16), torch.ones(cols)
+    launch("norm", "norm", x, gamma, gamma, 1e-5, False, False, 0, *DELAYED)
+    assert len(compiled) == launches
+    launch("norm", "norm", x.repeat(1000, 1), gamma, gamma, 1e-5, False, False, 0, *DELAYED)
+    launch("norm", "norm", x, gamma, gamma, 1e-5, False, False, 8, *DELAYED)
+    assert len(compiled) == launches + 4

@@ -19,7 +19,7 @@ from overdrive.ops.quantize import Mode
 from overdrive.recipe import DelayedScaling, MMParams
 from overdrive.scaling.tensor import QuantizedTensor
 from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check, features, formula_of, fp8, step
-from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits, relative_error
+from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits, observe, relative_error
 
 HALVES = (torch.float16, torch.bfloat16)
 STREAMS = "ignore:The AccumulateGrad node's stream:UserWarning"  # a graph is captured on a stream of its own
@@ -40,8 +40,7 @@ def counted(patch, where, *names) -> list[str]:
     """From now on a list with one name for each call that the module `where` makes of one of these of its ops."""
     uses = []
     for name in names:
-        op = getattr(where, name)
-        patch.setattr(where, name, lambda *arguments, name=name, op=op: uses.append(name) or op(*arguments))
+        observe(patch, where, name, lambda *_, name=name: uses.append(name))
     return uses
 
 
@@ -275,6 +274,7 @@ def test_the_scales_follow_the_amax_that_the_epilogue_saw(device, used):
         seen.append((arguments[9][slots[slot]].item(), outputs[0].float()))
         return outputs
 
+    recording.unfilled = recording
     stage.gemm_activation_quantized = recording  # the fixture puts the op back
     for _ in range(2):
         with te.autocast(recipe=recipe):

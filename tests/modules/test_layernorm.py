@@ -11,7 +11,7 @@ from torch import nn
 import overdrive.functional.norm as functional_norm
 import overdrive.pytorch as te
 from tests.modules.layer_oracle import assert_same_step, check, features, norm, step
-from tests.numerics import assert_same_bits, relative_error
+from tests.numerics import assert_same_bits, observe, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 kinds = pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
@@ -105,13 +105,7 @@ def test_sm_margin_reaches_the_kernels_and_changes_no_number(kind, sm_margin, de
     seen = {}
 
     def watch(name, position):
-        op = getattr(functional_norm, name)
-
-        def watched(*arguments):
-            seen.setdefault(name, []).append(arguments[position])
-            return op(*arguments)
-
-        monkeypatch.setattr(functional_norm, name, watched)
+        observe(monkeypatch, functional_norm, name, lambda *arguments: seen.setdefault(name, []).append(arguments[position]))
 
     watch("norm", 6)
     watch("norm_backward", 8)

@@ -64,15 +64,21 @@ def test_return_bias_without_bias_returns_none(device):
     assert build("Linear", device, bias=False, return_bias=True)(features(3, device=device))[1] is None
 
 
-@pytest.mark.parametrize("save_original_input", [False, True])
+@pytest.mark.parametrize("few", [0, 2**20])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_save_original_input_changes_no_bit(recipe, save_original_input, device):
+def test_save_original_input_changes_no_bit(recipe, few, device, monkeypatch):
+    """Of few elements the original is not saved."""
+    monkeypatch.setattr("overdrive.functional.linear._FEW", few)
     modules = [build("Linear", device, torch.bfloat16, save_original_input=save) for save in (False, True)]
     modules[1].load_state_dict(modules[0].state_dict())
     x = features(*TOKENS, dtype=torch.bfloat16, device=device)
     for _ in range(3):
         steps = [step(module, x, recipe) for module in modules]
         assert_same_step(*steps)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t), fp8(recipe):
+        modules[1](x)
+    assert (x.data_ptr() in saved) == (few == 0 or recipe == "plain")
 
 
 @both

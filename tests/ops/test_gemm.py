@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
 
-from overdrive.ops.gemm import _prefers_own_kernel, dequantize, gemm
+from overdrive.ops.gemm import _prefers_own_kernel, dequantize, gemm, gemms, host_decides
 from overdrive.ops.quantize import Mode
 from tests.numerics import E4M3, E5M2, LAYOUTS, assert_close, assert_same_bits, draw
 from tests.ops.quantized import MODES, quantized
@@ -155,6 +156,7 @@ def own_kernel(monkeypatch):
         return (mode_a, mode_b) == (Mode.BLOCK_1D, Mode.BLOCK_2D) and torch.cuda.get_device_capability(a.device) == (9, 0)
 
     monkeypatch.setattr("overdrive.ops.gemm._prefers_own_kernel", possible)
+    monkeypatch.setattr("overdrive.ops.gemm.host_decides", lambda *_: False)
 
 
 # less than a tile, parts of tiles both ways, more tiles than multiprocessors; contractions that end within a block
@@ -197,3 +199,98 @@ def test_own_kernel_is_preferred_where_it_wins(m, n, k, sms, expected, monkeypat
     a, b = torch.empty(m, k, device="meta"), torch.empty(n, k, device="meta")
     assert _prefers_own_kernel(a, b, Mode.BLOCK_1D, Mode.BLOCK_2D) == expected
     assert not _prefers_own_kernel(a, b, Mode.BLOCK_1D, Mode.BLOCK_1D)
+
+
+# one tile and less than one, parts of tiles both ways, contractions that end within a block; the last in the widest tiles
+SMALL_SHAPES = [(64, 16, 16), (64, 64, 128), (80, 48, 144), (304, 640, 272), (208, 1072, 400), (2048, 1024, 64)]
+ALL_PAIRS = [(Mode.PLAIN, Mode.PLAIN), *PAIRS]
+
+
+def any_operand(x: torch.Tensor, mode: Mode, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """`operand`; in PLAIN x itself, in `dtype`."""
+    if mode != Mode.PLAIN:
+        return operand(x, mode)
+    return x.to(dtype), None, x.to(dtype).cpu().double()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+@pytest.mark.parametrize(("mode_a", "mode_b"), ALL_PAIRS)
+def test_small(mode_a, mode_b, shape, dtype, with_bias, device):
+    """Products whose launch the host decides, which a kernel of their own takes on Hopper; fast accumulation with a bias."""
+    m, n, k = shape
+    a, scale_a, a64 = any_operand(draw(m, k, device=device), mode_a, dtype)
+    b, scale_b, b64 = any_operand(draw(n, k, device=device), mode_b, dtype)
+    bias = draw(n, dtype=dtype, device=device) if with_bias else None
+    out = gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, with_bias)
+    assert out.dtype == dtype
+    sums_in_fp8 = mode_a != Mode.PLAIN and device == "cuda" and dtype == torch.float32
+    assert_close(out, product(a64, b64, bias), torch.float16 if sums_in_fp8 else dtype)
+
+
+@pytest.mark.parametrize(("kind_a", "kind_b"), [*itertools.product(LAYOUTS, repeat=2)])
+@pytest.mark.parametrize("out", [torch.float16, torch.float32])
+def test_small_with_any_strides(kind_a, kind_b, out, device):
+    a, b = (draw(size, 72, dtype=torch.float16, device=device, kind=kind) for size, kind in ((104, kind_a), (88, kind_b)))
+    assert_close(gemm(a, b, None, None, None, out, *PLAIN), product(a, b), out)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "transposed"])
+@pytest.mark.parametrize("m", [16, 80])
+@pytest.mark.parametrize(("mode_a", "mode_b"), ALL_PAIRS)
+def test_an_addend_gives_the_bits_of_a_sum_apart(mode_a, mode_b, m, kind, device):
+    a, scale_a, _ = any_operand(draw(m, 144, device=device), mode_a, torch.bfloat16)
+    b, scale_b, _ = any_operand(draw(48, 144, device=device), mode_b, torch.bfloat16)
+    addend = draw(m, 48, dtype=torch.bfloat16, device=device, kind=kind)
+    before, arguments = addend.clone(), (a, b, scale_a, scale_b, None, torch.bfloat16, mode_a, mode_b, False)
+    assert_same_bits(gemm(*arguments, addend), gemm(*arguments) + addend)
+    assert_same_bits(addend, before)
+
+
+@pytest.mark.parametrize(("mode_a", "mode_b"), PAIRS[2:])
+def test_small_reads_every_scale(mode_a, mode_b, device):
+    a, scale_a, a64 = operand(scaled_blocks(304, 1040, device), mode_a)
+    b, scale_b, b64 = operand(scaled_blocks(656, 1040, device), mode_b)
+    assert_rows_close(gemm(a, b, scale_a, scale_b, None, torch.float32, mode_a, mode_b, False), a64, b64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("modes", "others"), [*zip(ALL_PAIRS, ALL_PAIRS), (PAIRS[2], PAIRS[3])])
+def test_two_at_once_give_the_bits_of_each_alone(modes, others, dtype, device):
+    """As an input's and a weight's gradient come, of different shapes and contractions."""
+    tokens, outputs, inputs = 112, 336, 80
+    dy, weight, x = draw(tokens, outputs, device=device), draw(inputs, outputs, device=device), draw(inputs, tokens, device=device)
+    a, scale_a, a64 = any_operand(dy, modes[0], dtype)
+    b, scale_b, b64 = any_operand(weight, modes[1], dtype)
+    c, scale_c, c64 = any_operand(dy.t(), others[0], dtype)
+    d, scale_d, d64 = any_operand(x, others[1], dtype)
+    both = gemms(a, b, scale_a, scale_b, c, d, scale_c, scale_d, dtype, *modes, *others, False, True)
+    alone = (
+        gemm(a, b, scale_a, scale_b, None, dtype, *modes, False),
+        gemm(c, d, scale_c, scale_d, None, dtype, *others, True),
+    )
+    for out, single, exact in zip(both, alone, (product(a64, b64), product(c64, d64))):
+        assert_same_bits(out, single)
+        assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "sms", "expected"),
+    [
+        (256, 2048, 512, torch.bfloat16, 132, True),
+        (1024, 1024, 1024, E4M3, 132, True),
+        (1024, 1024, 1040, E4M3, 132, False),  # the GPU takes longer than the host
+        (64, 64, 4096, E4M3, 132, False),  # a long contraction
+        (48, 64, 64, E4M3, 132, False),  # few rows: decoding
+        (256, 2048, 0, E4M3, 132, False),
+        (256, 2048, 512, torch.float32, 132, False),
+        (256, 2048, 512, torch.bfloat16, 0, False),  # not Hopper
+    ],
+)
+def test_host_decides(m, n, k, dtype, sms, expected, monkeypatch):
+    monkeypatch.setattr("overdrive.ops.gemm._sms_of_hopper", lambda device: sms)
+    like = types.SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+    assert host_decides(m, n, k, like) == expected
+    like.is_cuda = False
+    assert not host_decides(m, n, k, like)

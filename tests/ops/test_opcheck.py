@@ -118,6 +118,11 @@ OTHERS = {
         lambda: (x(), x(), None, None, None, torch.float32, 0, 0, False),
         lambda: (*fp8_operands(Mode.CURRENT, Mode.CURRENT), None, torch.float32, Mode.CURRENT, Mode.CURRENT, True),
         lambda: (*fp8_operands(Mode.BLOCK_1D, Mode.BLOCK_2D), None, torch.bfloat16, Mode.BLOCK_1D, Mode.BLOCK_2D, False),
+        lambda: (x(), x(), None, None, None, torch.bfloat16, 0, 0, False, draw(T, T, dtype=torch.bfloat16)),
+    ],
+    "gemms": [
+        lambda: (*(x(), x(), None, None) * 2, torch.bfloat16, *(0,) * 4, False, False),
+        lambda: (*fp8_operands(Mode.CURRENT, Mode.DELAYED) * 2, torch.float16, *(Mode.CURRENT, Mode.DELAYED) * 2, True, False),
     ],
     "gemm_activation": [lambda: (x(), x()[:16], None, "gelu"), lambda: (x(), x(kind="transposed")[:8], GAMMA[:8], "gelu")],
     "gemm_activation_backward": [
