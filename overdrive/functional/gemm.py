@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from overdrive.ops.gemm import gemm, gemms, host_decides
 from overdrive.ops.gemm_epilogue import gemm_add
@@ -128,14 +128,9 @@ def column_sum(dy: torch.Tensor) -> torch.Tensor:
     return dy.sum(0, dtype=torch.float32).to(dy.dtype) if dy.device.type == "cpu" else dy.sum(0)
 
 
-def for_backward(operand: Operand) -> Operand:
-    """What of an operand backward reads: the transposed FP8 copy, or the tensor itself."""
-    return operand.only_transposed() if isinstance(operand, QuantizedTensor) else operand
-
-
 def releases() -> bool:
     """Whether the backward that runs is the last to read what its nodes saved: not with retain_graph=True."""
-    return not (torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph())  # pyright: ignore[reportAttributeAccessIssue]
+    return not (is_dynamo_compiling() or torch._C._autograd._get_current_graph_task_keep_graph())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def release(*operands: Operand | None) -> None:
@@ -234,29 +229,28 @@ def both_gradients(
     """(`input_gradient`, `weight_gradients`) in one launch, where both are owed and the products so small that the host decides;
     else (None, None).
     """
-    if torch.compiler.is_compiling() or not (options.input_grad and options.weight_grad) or options.sink is not None:
+    if is_dynamo_compiling() or not (options.input_grad and options.weight_grad) or options.sink is not None:
         return None, None
-    (m, n), k = dy.shape, weight.shape[1]
-    like = dy.data if isinstance(dy, QuantizedTensor) else dy
-    assert like is not None
+    (m, n), k, fast = dy.shape, weight.shape[1], (False, False)
+    if isinstance(dy, QuantizedTensor):
+        assert isinstance(weight, QuantizedTensor)
+        assert isinstance(x, QuantizedTensor)
+        assert options.rules is not None
+        assert dy.data is not None
+        recipe, like = options.rules.recipe, dy.data
+        of_dx = (dy.data, weight.data_t, dy.scale_inv, weight.scale_inv_t)
+        of_dw = (dy.data_t, x.data_t, dy.scale_inv_t, x.scale_inv_t)
+        modes = (dy.mode, weight.mode, dy.mode, x.mode)
+        fast = (not recipe.fp8_gemm_dgrad.use_split_accumulator, not recipe.fp8_gemm_wgrad.use_split_accumulator)
+    else:
+        if not dy.dtype == weight.dtype == x.dtype:
+            return None, None
+        like, of_dx, of_dw = dy, (dy, weight.t(), None, None), (dy.t(), x.t(), None, None)
+        modes = (Mode.PLAIN,) * 4
     if not (host_decides(m, k, n, like) and host_decides(n, k, m, like)):
         return None, None
-    if isinstance(dy, torch.Tensor) and not dy.dtype == weight.dtype == x.dtype:
-        return None, None
-    *of_dx, mode_dy, mode_w = _parts(dy, weight.t())
-    *of_dw, mode_dyt, mode_x = _parts(dy.t(), x.t())
-    modes, fast = (mode_dy, mode_w, mode_dyt, mode_x), (_fast(options, "fp8_gemm_dgrad"), _fast(options, "fp8_gemm_wgrad"))
     dx, dw = gemms.unfilled(*of_dx, *of_dw, options.dtype, *modes, *fast)
     return dx if dx.shape[0] == m else dx[:m], (dw,) if len(options.splits) == 1 else dw.split(options.splits)
-
-
-def _parts(a: Operand, b: Operand) -> tuple[Any, ...]:
-    """(a, b, their scales, their modes) as overdrive::gemms takes them."""
-    if isinstance(a, QuantizedTensor):
-        assert isinstance(b, QuantizedTensor)
-        return a.data, b.data, a.scale_inv, b.scale_inv, a.mode, b.mode
-    assert isinstance(b, torch.Tensor)
-    return a, b, None, None, Mode.PLAIN, Mode.PLAIN
 
 
 def product_gradients(

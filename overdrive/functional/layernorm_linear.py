@@ -9,7 +9,6 @@ import torch
 
 from overdrive.functional.gemm import (
     GemmOptions,
-    for_backward,
     forward_product,
     input_operand,
     product_gradients,
@@ -52,7 +51,7 @@ class _LayerNormLinear(torch.autograd.Function):
             norm_op = input_operand(norm_op, opts, scales)
         w_op = weight_operand(weight, opts, scales, cached)
         y_TN = forward_product(norm_op, w_op, bias, opts)
-        kept = (for_backward(norm_op) if opts.weight_grad else None, for_backward(w_op) if opts.input_grad else None)
+        kept = (norm_op if opts.weight_grad else None, w_op if opts.input_grad else None)
         tensors, ctx.layout = pack(kept)
         of_norm = (x_TK, gamma, mean, rstd) if opts.input_grad else (None,) * 4
         ctx.save_for_backward(*tensors, snapshot, slots, *of_norm)

@@ -23,7 +23,6 @@ from overdrive.functional.activation import (
 from overdrive.functional.gemm import (
     GemmOptions,
     both_gradients,
-    for_backward,
     forward_product,
     fuses_epilogue,
     grad_operand,
@@ -122,10 +121,10 @@ class _LayerNormMLP(torch.autograd.Function):
             a_op = activate(h, options.activation, fc2, scales)
         y_TK = forward_product(a_op, w2_op, bias2, fc2, x_TK if options.add_input else None, options.p, output_seed)
         kept = (
-            for_backward(norm_op) if fc1.weight_grad else None,
-            for_backward(w1_op) if fc1.input_grad else None,
-            for_backward(a_op) if fc2.weight_grad and not ctx.again else None,
-            for_backward(w2_op) if fc2.input_grad else None,
+            norm_op if fc1.weight_grad else None,
+            w1_op if fc1.input_grad else None,
+            a_op if fc2.weight_grad and not ctx.again else None,
+            w2_op if fc2.input_grad else None,
         )
         tensors, ctx.layout = pack(kept)
         ctx.cached2 = cached2 is not None

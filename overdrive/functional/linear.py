@@ -9,7 +9,6 @@ import torch
 
 from overdrive.functional.gemm import (
     GemmOptions,
-    for_backward,
     forward_product,
     grad_operand,
     input_operand,
@@ -107,8 +106,8 @@ class _Linear(torch.autograd.Function):
         x_op = input_operand(x_TK, opts, scales, row_only=saves_original)
         w_op = weight_operand(weight, opts, scales, cached)
         y_TN = forward_product(x_op, w_op, bias, opts)
-        x_saved = x_TK if saves_original else for_backward(x_op)
-        tensors, ctx.layout = pack((x_saved if opts.weight_grad else None, for_backward(w_op) if opts.input_grad else None))
+        x_saved = x_TK if saves_original else x_op
+        tensors, ctx.layout = pack((x_saved if opts.weight_grad else None, w_op if opts.input_grad else None))
         ctx.save_for_backward(*tensors, snapshot, slots)
         ctx.options, ctx.shape, ctx.count = options, x.shape, len(parameters)
         shape = (*x.shape[:-1], y_TN.shape[1])

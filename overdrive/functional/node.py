@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 
 class _Unrecorded:
@@ -26,7 +27,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     quick = super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
     def apply(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
         return quick(*args) if recorded else function.forward(_Unrecorded(), *args)

@@ -27,9 +27,9 @@ def _load_scales(scale, stride, index, k, size, MODE: tl.constexpr):
 
 
 @triton.jit
-def _tile(args, tile, KIND: tl.constexpr):
-    """One tile of out. args: as `_arguments` has them. KIND: as `_kind` has it."""
-    a, b, a_strides, b_strides, scale_a, scale_b, scale_a_stride, scale_b_stride, bias, addend, out, M, N, K = args
+def _tile(tile, a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, scale_strides, bias, addend, out, sizes, KIND: tl.constexpr):
+    """One tile of out. sizes: M, N, K. KIND: as `_kind` has it."""
+    M, N, K = sizes
     MODE_A: tl.constexpr = KIND[0]
     MODE_B: tl.constexpr = KIND[1]
     IMPRECISE: tl.constexpr = KIND[2]
@@ -40,16 +40,16 @@ def _tile(args, tile, KIND: tl.constexpr):
     tiles_n = tl.cdiv(N, BN)
     rows, cols = tile // tiles_n * BM + tl.arange(0, BM), tile % tiles_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    a_tiles = a + rows[:, None] * a_strides[0] + k[None, :] * a_strides[1]
-    b_tiles = b + k[:, None] * b_strides[1] + cols[None, :] * b_strides[0]
+    a_tiles = a + rows[:, None] * a_row + k[None, :] * a_col
+    b_tiles = b + k[:, None] * b_col + cols[None, :] * b_row
     total = tl.zeros([BM, BN], tl.float32)
     for i in tl.range(tl.cdiv(K, BK), num_stages=4):
         rest = K - i * BK
-        a_tile = tl.load(a_tiles + i * BK * a_strides[1], (rows < M)[:, None] & (k < rest)[None, :], 0.0)
-        b_tile = tl.load(b_tiles + i * BK * b_strides[1], (cols < N)[None, :] & (k < rest)[:, None], 0.0)
+        a_tile = tl.load(a_tiles + i * BK * a_col, (rows < M)[:, None] & (k < rest)[None, :], 0.0)
+        b_tile = tl.load(b_tiles + i * BK * b_col, (cols < N)[None, :] & (k < rest)[:, None], 0.0)
         if BLOCKS:
-            row_scales = _load_scales(scale_a, scale_a_stride, rows, i, M, MODE_A)
-            col_scales = _load_scales(scale_b, scale_b_stride, cols, i, N, MODE_B)
+            row_scales = _load_scales(scale_a, scale_strides[0], rows, i, M, MODE_A)
+            col_scales = _load_scales(scale_b, scale_strides[1], cols, i, N, MODE_B)
             total += tl.dot(a_tile, b_tile) * (row_scales[:, None] * col_scales[None, :])
         else:
             total = tl.dot(a_tile, b_tile, total, max_num_imprecise_acc=IMPRECISE)
@@ -65,17 +65,19 @@ def _tile(args, tile, KIND: tl.constexpr):
 
 
 @triton.jit
-def _small_gemm(args, KIND: tl.constexpr):
-    _tile(args, tl.program_id(0), KIND)
+def _small_gemm(a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, bias, addend, out, scale_strides, sizes, KIND: tl.constexpr):
+    _tile(tl.program_id(0), a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, scale_strides, bias, addend, out, sizes, KIND)
 
 
 @triton.jit
-def _small_gemms(first, second, tiles, FIRST: tl.constexpr, SECOND: tl.constexpr):
+def _small_gemms(a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, c, d, c_row, c_col, d_row, d_col, scale_c, scale_d, ab, cd,
+                 ab_scale_strides, cd_scale_strides, ab_sizes, cd_sizes, tiles, AB: tl.constexpr, CD: tl.constexpr):  # fmt: skip
     """Two products, of which the first has so many tiles."""
-    if tl.program_id(0) < tiles:
-        _tile(first, tl.program_id(0), FIRST)
+    pid = tl.program_id(0)
+    if pid < tiles:
+        _tile(pid, a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, ab_scale_strides, None, None, ab, ab_sizes, AB)
     else:
-        _tile(second, tl.program_id(0) - tiles, SECOND)
+        _tile(pid - tiles, c, d, c_row, c_col, d_row, d_col, scale_c, scale_d, cd_scale_strides, None, None, cd, cd_sizes, CD)
 
 
 def _kind(m: int, n: int, mode_a: int, mode_b: int, fast: bool, like: torch.Tensor) -> tuple[tuple[int | None, ...], int]:
@@ -86,16 +88,13 @@ def _kind(m: int, n: int, mode_a: int, mode_b: int, fast: bool, like: torch.Tens
     return (int(mode_a), int(mode_b), imprecise, 64, width, BLOCK if fp8 else BLOCK // 2), rows * -(-n // width)
 
 
-def _arguments(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor | None, scale_b: torch.Tensor | None, bias: torch.Tensor | None,
-    addend: torch.Tensor | None, out: torch.Tensor, mode_a: int, mode_b: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    strides = (0, 0)
-    if mode_a >= Mode.BLOCK_1D:
-        assert scale_a is not None
-        assert scale_b is not None
-        strides = (scale_a.stride(int(mode_a == Mode.BLOCK_1D)), scale_b.stride(int(mode_b == Mode.BLOCK_1D)))
-    return a, b, a.stride(), b.stride(), scale_a, scale_b, *strides, bias, addend, out, *out.shape, b.shape[1]
+def _scale_strides(scale_a: torch.Tensor | None, scale_b: torch.Tensor | None, mode_a: int, mode_b: int) -> tuple[int, int]:
+    """From one row, or row of blocks, of an operand to the next."""
+    if mode_a < Mode.BLOCK_1D:
+        return 0, 0
+    assert scale_a is not None
+    assert scale_b is not None
+    return scale_a.stride(int(mode_a == Mode.BLOCK_1D)), scale_b.stride(int(mode_b == Mode.BLOCK_1D))
 
 
 _plans: dict[tuple[Any, ...], tuple[Launcher, tuple[int, int, int], int]] = {}
@@ -117,15 +116,16 @@ def small_gemm(
     dtype: torch.dtype, mode_a: int, mode_b: int, fast: bool, addend: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """overdrive::gemm."""
-    m, n = a.shape[0], b.shape[0]
-    key = (a.dtype, m, *b.shape, mode_a, mode_b, fast)
+    m, (n, k) = a.shape[0], b.shape
+    key = (a.dtype, dtype, m, n, k, mode_a, mode_b, fast)
     plan = _plans.get(key)
     if plan is None:
         plan = _plan(key, _small_gemm, _kind(m, n, mode_a, mode_b, fast, a))
     out = a.new_empty((m, n), dtype=dtype)
     if addend is not None:
         addend = addend.contiguous()
-    plan[0](plan[1], a.get_device(), (_arguments(a, b, scale_a, scale_b, bias, addend, out, mode_a, mode_b),))
+    tail = (out, _scale_strides(scale_a, scale_b, mode_a, mode_b), (m, n, k))
+    plan[0](plan[1], a.get_device(), (a, b, *a.stride(), *b.stride(), scale_a, scale_b, bias, addend), tail)
     return out
 
 
@@ -136,13 +136,13 @@ def small_gemms(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """overdrive::gemms."""
     (m, k), n, (rows, depth), cols = a.shape, b.shape[0], c.shape, d.shape[0]
-    key = (a.dtype, c.dtype, m, n, k, rows, cols, depth, mode_a, mode_b, mode_c, mode_d, fast_ab, fast_cd)
+    key = (a.dtype, c.dtype, dtype, m, n, k, rows, cols, depth, mode_a, mode_b, mode_c, mode_d, fast_ab, fast_cd)
     plan = _plans.get(key)
     if plan is None:
         kinds = _kind(m, n, mode_a, mode_b, fast_ab, a), _kind(rows, cols, mode_c, mode_d, fast_cd, a)
         plan = _plan(key, _small_gemms, *kinds)
-    out, second_out = a.new_empty((m, n), dtype=dtype), c.new_empty((rows, cols), dtype=dtype)
-    first = _arguments(a, b, scale_a, scale_b, None, None, out, mode_a, mode_b)
-    second = _arguments(c, d, scale_c, scale_d, None, None, second_out, mode_c, mode_d)
-    plan[0](plan[1], a.get_device(), (first, second, plan[2]))
-    return out, second_out
+    ab, cd = a.new_empty((m, n), dtype=dtype), c.new_empty((rows, cols), dtype=dtype)
+    operands = (a, b, *a.stride(), *b.stride(), scale_a, scale_b, c, d, *c.stride(), *d.stride(), scale_c, scale_d)
+    strides = (_scale_strides(scale_a, scale_b, mode_a, mode_b), _scale_strides(scale_c, scale_d, mode_c, mode_d))
+    plan[0](plan[1], a.get_device(), operands, (ab, cd, *strides, (m, n, k), (rows, cols, depth), plan[2]))
+    return ab, cd

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from overdrive.ops.library import capturing
 from overdrive.ops.scaling import begin_step
@@ -38,7 +39,7 @@ class Context:
         """The scales on `device`, those of `slots` too; taken now for layers built or moved since the autocast began."""
         assert self.snapshots is not None
         snapshot = self.snapshots.get(device)
-        if torch.compiler.is_compiling() and snapshot is not None:
+        if snapshot is not None and is_dynamo_compiling():
             return snapshot  # slots differ from layer to layer: compiled code must not look at them
         if not self.captured and capturing(device):
             raise RuntimeError(
@@ -190,7 +191,7 @@ def current_context() -> tuple[Context, bool]:
     Inside of a checkpoint's recomputation that is the context of the forward it repeats.
     """
     context, training = STATE.context, torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return context, training
     running = recompute.current()
     if running is recompute.OUTSIDE:

@@ -74,8 +74,10 @@ def produce(
     how = (quantizer.slot, quantizer.tenant, quantizer.power_of_2, row, col)
     outputs = op.unfilled(*arguments, mode, quantizer.dtype, scales.snapshot, scales.slots, *how)
     data, data_t, scale_inv, scale_inv_t = outputs[at : at + 4]
-    if mode <= Mode.CURRENT:
+    if mode <= Mode.CURRENT or scale_inv_t is None:  # None: of the layout that nobody asked for
         scale_inv_t = scale_inv
+    elif scale_inv is None:
+        scale_inv = scale_inv_t
     quantized = QuantizedTensor(data if row else None, data_t if col else None, scale_inv, scale_inv_t, mode, shape, dtype)
     return quantized, outputs[:at] + outputs[at + 4 :]
 

@@ -33,11 +33,6 @@ class QuantizedTensor:
             self.data_t, self.data, self.scale_inv_t, self.scale_inv, self.mode, (self.shape[1], self.shape[0]), self.dtype
         )
 
-    def only_transposed(self) -> QuantizedTensor:
-        """Without the row layout: what backward keeps."""
-        scale_inv = self.scale_inv if self.mode in (Mode.DELAYED, Mode.CURRENT) else self.scale_inv_t
-        return QuantizedTensor(None, self.data_t, scale_inv, self.scale_inv_t, self.mode, self.shape, self.dtype)
-
     def dequantize(self) -> torch.Tensor:
         """The values, in `dtype`."""
         if self.data is not None:
@@ -53,12 +48,14 @@ Operand = torch.Tensor | QuantizedTensor
 
 
 def pack(operands: tuple[Operand | None, ...]) -> tuple[list[torch.Tensor | None], tuple[Any, ...]]:
-    """Operands as plain tensors, which autograd can save, and what `unpack` needs to put them together again."""
+    """What backward reads of operands, the tensors themselves or the transposed FP8 copies: as plain tensors, which autograd can
+    save, and what `unpack` needs to put them together again.
+    """
     tensors: list[torch.Tensor | None] = []
     layout: list[Any] = []
     for operand in operands:
         if isinstance(operand, QuantizedTensor):
-            tensors += [operand.data, operand.data_t, operand.scale_inv, operand.scale_inv_t]
+            tensors += [operand.data_t, operand.scale_inv_t]
             layout.append((operand.mode, operand.shape, operand.dtype))
         else:
             tensors.append(operand)
@@ -67,13 +64,14 @@ def pack(operands: tuple[Operand | None, ...]) -> tuple[list[torch.Tensor | None
 
 
 def unpack(tensors: Any, layout: tuple[Any, ...]) -> list[Any]:
-    """The operands that `pack` took apart."""
+    """The operands that `pack` took apart, without their row layouts."""
     operands, at = [], 0
     for entry in layout:
         if entry is None:
             operands.append(tensors[at])
             at += 1
         else:
-            operands.append(QuantizedTensor(*tensors[at : at + 4], *entry))
-            at += 4
+            data_t, scale_inv_t = tensors[at : at + 2]
+            operands.append(QuantizedTensor(None, data_t, scale_inv_t, scale_inv_t, *entry))
+            at += 2
     return operands
