@@ -73,6 +73,8 @@ _SMALL = 2**30
 """Multiplications of a product that takes a Hopper GPU 3 to 8 us, which is less than the host takes to launch it."""
 _SMALL_CONTRACTION = 2048
 """Of such a product: in a long one programs that each contract all of it are slow."""
+_SMALL_ROWS = BLOCK // 2
+"""That such a product has at the least."""
 
 
 def host_decides(m: int, n: int, k: int, like: torch.Tensor) -> bool:
@@ -81,7 +83,7 @@ def host_decides(m: int, n: int, k: int, like: torch.Tensor) -> bool:
     Measured on an H200 in a training step: its launch takes the host 12 to 15 us, torch._scaled_mm 45 to 60, with scale blocks 70
     to 107, torch.addmm 54, torch.mm 30. On the GPU it is as fast up to a contraction of 1024, and up to 3 us slower beyond.
     """
-    if m < BLOCK // 2 or not 0 < m * n * k <= _SMALL or k > _SMALL_CONTRACTION or not like.is_cuda:
+    if m < _SMALL_ROWS or not 0 < m * n * k <= _SMALL or k > _SMALL_CONTRACTION or not like.is_cuda:
         return False
     return like.dtype not in (torch.float32, torch.float64) and _sms_of_hopper(like.device) > 0
 
