@@ -40,19 +40,22 @@ def _tile(tile, a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, scale_stride
     tiles_n = tl.cdiv(N, BN)
     rows, cols = tile // tiles_n * BM + tl.arange(0, BM), tile % tiles_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    a_tiles = a + rows[:, None] * a_row + k[None, :] * a_col
-    b_tiles = b + k[:, None] * b_col + cols[None, :] * b_row
+    # views may have strides of any size
+    a_tiles = a + rows[:, None].to(tl.int64) * a_row + k[None, :].to(tl.int64) * a_col
+    b_tiles = b + k[:, None].to(tl.int64) * b_col + cols[None, :].to(tl.int64) * b_row
     total = tl.zeros([BM, BN], tl.float32)
     for i in tl.range(tl.cdiv(K, BK), num_stages=4):
         rest = K - i * BK
-        a_tile = tl.load(a_tiles + i * BK * a_col, (rows < M)[:, None] & (k < rest)[None, :], 0.0)
-        b_tile = tl.load(b_tiles + i * BK * b_col, (cols < N)[None, :] & (k < rest)[:, None], 0.0)
+        a_tile = tl.load(a_tiles, (rows < M)[:, None] & (k < rest)[None, :], 0.0)
+        b_tile = tl.load(b_tiles, (cols < N)[None, :] & (k < rest)[:, None], 0.0)
         if BLOCKS:
             row_scales = _load_scales(scale_a, scale_strides[0], rows, i, M, MODE_A)
             col_scales = _load_scales(scale_b, scale_strides[1], cols, i, N, MODE_B)
             total += tl.dot(a_tile, b_tile) * (row_scales[:, None] * col_scales[None, :])
         else:
             total = tl.dot(a_tile, b_tile, total, max_num_imprecise_acc=IMPRECISE)
+        a_tiles += BK * a_col
+        b_tiles += BK * b_col
     if MODE_A != PLAIN and not BLOCKS:
         total *= tl.load(scale_a) * tl.load(scale_b)
     if bias is not None:
@@ -85,16 +88,21 @@ def _kind(m: int, n: int, mode_a: int, mode_b: int, fast: bool, like: torch.Tens
     sms, fp8, rows = sm_count(like.device), mode_a != Mode.PLAIN, -(-m // 64)
     width = next((width for width in (32, 64) if rows * -(-n // width) <= 2 * sms), 128)
     imprecise = BLOCK if fp8 and not fast else None  # None: all
-    return (int(mode_a), int(mode_b), imprecise, 64, width, BLOCK if fp8 else BLOCK // 2), rows * -(-n // width)
+    # one scale a tensor is the same to a product however it came about
+    modes = (int(Mode.CURRENT if mode == Mode.DELAYED else mode) for mode in (mode_a, mode_b))
+    return (*modes, imprecise, 64, width, BLOCK if fp8 else BLOCK // 2), rows * -(-n // width)
 
 
-def _scale_strides(scale_a: torch.Tensor | None, scale_b: torch.Tensor | None, mode_a: int, mode_b: int) -> tuple[int, int]:
-    """From one row, or row of blocks, of an operand to the next."""
-    if mode_a < Mode.BLOCK_1D:
-        return 0, 0
-    assert scale_a is not None
-    assert scale_b is not None
-    return scale_a.stride(int(mode_a == Mode.BLOCK_1D)), scale_b.stride(int(mode_b == Mode.BLOCK_1D))
+def _block_scales(scale: torch.Tensor | None, mode: int) -> tuple[torch.Tensor | None, int]:
+    """(scales as ops.quantize.Quantized has them, how far from one block of the contraction, or row of blocks, to the next)."""
+    if mode < Mode.BLOCK_1D:
+        return scale, 0
+    assert scale is not None
+    if mode == Mode.BLOCK_2D:
+        return scale, scale.stride(0)
+    if scale.stride(0) != 1:  # 1x128 blocks that were cut out of 128x128 ones
+        scale = scale.t().contiguous().t()
+    return scale, scale.stride(1)
 
 
 _plans: dict[tuple[Any, ...], tuple[Launcher, tuple[int, int, int], int]] = {}
@@ -124,7 +132,8 @@ def small_gemm(
     out = a.new_empty((m, n), dtype=dtype)
     if addend is not None:
         addend = addend.contiguous()
-    tail = (out, _scale_strides(scale_a, scale_b, mode_a, mode_b), (m, n, k))
+    (scale_a, stride_a), (scale_b, stride_b) = _block_scales(scale_a, mode_a), _block_scales(scale_b, mode_b)
+    tail = (out, (stride_a, stride_b), (m, n, k))
     plan[0](plan[1], a.get_device(), (a, b, *a.stride(), *b.stride(), scale_a, scale_b, bias, addend), tail)
     return out
 
@@ -142,7 +151,9 @@ def small_gemms(
         kinds = _kind(m, n, mode_a, mode_b, fast_ab, a), _kind(rows, cols, mode_c, mode_d, fast_cd, a)
         plan = _plan(key, _small_gemms, *kinds)
     ab, cd = a.new_empty((m, n), dtype=dtype), c.new_empty((rows, cols), dtype=dtype)
+    (scale_a, stride_a), (scale_b, stride_b) = _block_scales(scale_a, mode_a), _block_scales(scale_b, mode_b)
+    (scale_c, stride_c), (scale_d, stride_d) = _block_scales(scale_c, mode_c), _block_scales(scale_d, mode_d)
     operands = (a, b, *a.stride(), *b.stride(), scale_a, scale_b, c, d, *c.stride(), *d.stride(), scale_c, scale_d)
-    strides = (_scale_strides(scale_a, scale_b, mode_a, mode_b), _scale_strides(scale_c, scale_d, mode_c, mode_d))
-    plan[0](plan[1], a.get_device(), operands, (ab, cd, *strides, (m, n, k), (rows, cols, depth), plan[2]))
+    tail = (ab, cd, (stride_a, stride_b), (stride_c, stride_d), (m, n, k), (rows, cols, depth), plan[2])
+    plan[0](plan[1], a.get_device(), operands, tail)
     return ab, cd
