@@ -40,22 +40,19 @@ def _tile(tile, a, b, a_row, a_col, b_row, b_col, scale_a, scale_b, scale_stride
     tiles_n = tl.cdiv(N, BN)
     rows, cols = tile // tiles_n * BM + tl.arange(0, BM), tile % tiles_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    # views may have strides of any size
-    a_tiles = a + rows[:, None].to(tl.int64) * a_row + k[None, :].to(tl.int64) * a_col
-    b_tiles = b + k[:, None].to(tl.int64) * b_col + cols[None, :].to(tl.int64) * b_row
+    a_tiles = a + rows[:, None] * a_row + k[None, :] * a_col
+    b_tiles = b + k[:, None] * b_col + cols[None, :] * b_row
     total = tl.zeros([BM, BN], tl.float32)
     for i in tl.range(tl.cdiv(K, BK), num_stages=4):
         rest = K - i * BK
-        a_tile = tl.load(a_tiles, (rows < M)[:, None] & (k < rest)[None, :], 0.0)
-        b_tile = tl.load(b_tiles, (cols < N)[None, :] & (k < rest)[:, None], 0.0)
+        a_tile = tl.load(a_tiles + i * BK * a_col, (rows < M)[:, None] & (k < rest)[None, :], 0.0)
+        b_tile = tl.load(b_tiles + i * BK * b_col, (cols < N)[None, :] & (k < rest)[:, None], 0.0)
         if BLOCKS:
             row_scales = _load_scales(scale_a, scale_strides[0], rows, i, M, MODE_A)
             col_scales = _load_scales(scale_b, scale_strides[1], cols, i, N, MODE_B)
             total += tl.dot(a_tile, b_tile) * (row_scales[:, None] * col_scales[None, :])
         else:
             total = tl.dot(a_tile, b_tile, total, max_num_imprecise_acc=IMPRECISE)
-        a_tiles += BK * a_col
-        b_tiles += BK * b_col
     if MODE_A != PLAIN and not BLOCKS:
         total *= tl.load(scale_a) * tl.load(scale_b)
     if bias is not None:
@@ -105,6 +102,8 @@ def _block_scales(scale: torch.Tensor | None, mode: int) -> tuple[torch.Tensor |
     return scale, scale.stride(1)
 
 
+_FAR = 2**30
+"""Elements: the kernel's offsets have 32 bits, and views may have strides of any size."""
 _plans: dict[tuple[Any, ...], tuple[Launcher, tuple[int, int, int], int]] = {}
 
 
@@ -125,6 +124,8 @@ def small_gemm(
 ) -> torch.Tensor:  # fmt: skip
     """overdrive::gemm."""
     m, (n, k) = a.shape[0], b.shape
+    if mode_a == Mode.PLAIN and max(m * a.stride(0), k * a.stride(1), n * b.stride(0), k * b.stride(1)) >= _FAR:
+        a, b = a.contiguous(), b.contiguous()
     key = (a.dtype, dtype, m, n, k, mode_a, mode_b, fast)
     plan = _plans.get(key)
     if plan is None:
@@ -145,6 +146,11 @@ def small_gemms(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """overdrive::gemms."""
     (m, k), n, (rows, depth), cols = a.shape, b.shape[0], c.shape, d.shape[0]
+    if mode_a == Mode.PLAIN:
+        if max(m * a.stride(0), k * a.stride(1), n * b.stride(0), k * b.stride(1)) >= _FAR:
+            a, b = a.contiguous(), b.contiguous()
+        if max(rows * c.stride(0), depth * c.stride(1), cols * d.stride(0), depth * d.stride(1)) >= _FAR:
+            c, d = c.contiguous(), d.contiguous()
     key = (a.dtype, c.dtype, dtype, m, n, k, rows, cols, depth, mode_a, mode_b, mode_c, mode_d, fast_ab, fast_cd)
     plan = _plans.get(key)
     if plan is None:
