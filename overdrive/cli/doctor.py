@@ -13,7 +13,7 @@ import torch
 
 import overdrive.pytorch as te
 from overdrive.cli.recipes import RECIPES
-from overdrive.scaling.support import is_gemm_epilogue_available, usable
+from overdrive.scaling.support import is_gemm_epilogue_available, is_norm_cluster_available, usable
 
 # Variables that change what runs, and so belong in a bug report where they are set.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_LOGS", "TRITON_INTERPRET")
@@ -27,7 +27,10 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "recipes": {name.value: answer(*usable(recipe)) for name, recipe in RECIPES.items()},
         "attention backends": {name: answer(*found) for name, found in te.attention_backends().items()},
-        "optional kernels": {"epilogues of large GEMMs": answer(*is_gemm_epilogue_available())},
+        "optional kernels": {
+            "epilogues of large GEMMs": answer(*is_gemm_epilogue_available()),
+            "norms of delayed scaling in one launch": answer(*is_norm_cluster_available()),
+        },
     }
 
 

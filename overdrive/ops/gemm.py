@@ -39,11 +39,11 @@ def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumul
     how = (a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation)
     if host_decides(a.shape[0], b.shape[0], b.shape[1], a) and (mode_a != Mode.PLAIN or a.dtype == b.dtype):
         return _small_gemm()(*how, addend)
-    out = _cublas(*how)
+    out = _large_gemm(*how)
     return out if addend is None else out.add_(addend)
 
 
-def _cublas(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
+def _large_gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation) -> torch.Tensor:
     if a.numel() == 0 or b.numel() == 0:  # cuBLAS leaves the output of an empty product unwritten
         out = a.new_zeros((a.shape[0], b.shape[0]), dtype=dtype)
         return out if bias is None else out + bias

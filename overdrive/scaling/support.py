@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -57,9 +59,8 @@ def is_bf16_available() -> tuple[bool, str]:
     return True, ""
 
 
-@functools.cache
-def _epilogue_failure() -> str:
-    """Why GEMMs with an activation in their epilogue do not run here, or "": compiles them, runs them and looks at the numbers."""
+def _failure(attempt: Callable[[], str]) -> str:
+    """Why what quack-kernels compiles does not run on this machine, or what `attempt` to run it finds wrong, or ""."""
     capability = _capability()
     if capability is None:
         return "needs a CUDA GPU, torch sees none"
@@ -67,13 +68,31 @@ def _epilogue_failure() -> str:
         return f"needs compute capability 9.x, this GPU has {capability[0]}.{capability[1]}"
     try:
         with torch.no_grad(), _disable_current_modes():
-            return _epilogue_error("cuda")
+            return attempt()
     except ModuleNotFoundError as error:
         if error.name == "quack":
             return "quack-kernels is not installed: pip install 'overdrive[fa4]'"
         return f"does not load: {error}"
     except Exception as error:  # whatever a compiler package may raise where its libraries do not fit
         return f"does not run: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def _epilogue_failure() -> str:
+    """Why GEMMs with an activation in their epilogue do not run here, or "": compiles them, runs them and looks at the numbers."""
+    return _failure(lambda: _epilogue_error("cuda"))
+
+
+def _norm_cluster_error() -> str:
+    """Nothing; what importing the kernel raises is the reason. It is compiled for a shape when that first comes."""
+    importlib.import_module("overdrive.kernels.norm_cluster")
+    return ""
+
+
+def is_norm_cluster_available() -> tuple[bool, str]:
+    """(usable, reason): norms with delayed scaling in one launch. One that cannot be compiled warns, and takes two."""
+    reason = _failure(_norm_cluster_error)
+    return not reason, reason
 
 
 def _epilogue_error(device: str) -> str:

@@ -317,9 +317,9 @@ def test_where_there_is_no_hopper_gpu_the_reason_says_so(asked_anew):
     for capability, said in ((None, "torch sees none"), ((8, 0), "this GPU has 8.0")):
         asked_anew.setattr(support, "_capability", lambda capability=capability: capability)
         support._epilogue_failure.cache_clear()
-        able, reason = support.is_gemm_epilogue_available()
-        assert not able
-        assert said in reason
+        for able, reason in (support.is_gemm_epilogue_available(), support.is_norm_cluster_available()):
+            assert not able
+            assert said in reason
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,10 @@ def test_whatever_goes_wrong_is_a_reason_and_asked_once(error, said, asked_anew)
         assert not able
         assert said in reason
     assert len(calls) == 1
+    asked_anew.setattr(support, "_norm_cluster_error", lambda: fail("cuda"))
+    able, reason = support.is_norm_cluster_available()
+    assert not able
+    assert said in reason
 
 
 WRONG = (
