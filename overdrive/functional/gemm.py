@@ -219,7 +219,11 @@ def weight_gradients(dy: Operand, x: Operand, options: GemmOptions) -> tuple[tor
         return (None,) * len(options.splits)
     if options.sink is not None:
         return options.sink(dy, x)
-    dw = weight_gradient(dy, x, options)
+    return _parts(weight_gradient(dy, x, options), options)
+
+
+def _parts(dw: torch.Tensor, options: GemmOptions) -> tuple[torch.Tensor, ...]:
+    """The gradient of each of the weight's parameters."""
     return (dw,) if len(options.splits) == 1 else dw.split(options.splits)
 
 
@@ -231,17 +235,14 @@ def both_gradients(
     """
     if is_dynamo_compiling() or not (options.input_grad and options.weight_grad) or options.sink is not None:
         return None, None
-    (m, n), k, fast = dy.shape, weight.shape[1], (False, False)
+    (m, n), k = dy.shape, weight.shape[1]
     if isinstance(dy, QuantizedTensor):
         assert isinstance(weight, QuantizedTensor)
         assert isinstance(x, QuantizedTensor)
-        assert options.rules is not None
         assert dy.data is not None
-        recipe, like = options.rules.recipe, dy.data
-        of_dx = (dy.data, weight.data_t, dy.scale_inv, weight.scale_inv_t)
+        like, of_dx = dy.data, (dy.data, weight.data_t, dy.scale_inv, weight.scale_inv_t)
         of_dw = (dy.data_t, x.data_t, dy.scale_inv_t, x.scale_inv_t)
         modes = (dy.mode, weight.mode, dy.mode, x.mode)
-        fast = (not recipe.fp8_gemm_dgrad.use_split_accumulator, not recipe.fp8_gemm_wgrad.use_split_accumulator)
     else:
         if not dy.dtype == weight.dtype == x.dtype:
             return None, None
@@ -249,8 +250,9 @@ def both_gradients(
         modes = (Mode.PLAIN,) * 4
     if not (host_decides(m, k, n, like) and host_decides(n, k, m, like)):
         return None, None
+    fast = (_fast(options, "fp8_gemm_dgrad"), _fast(options, "fp8_gemm_wgrad"))
     dx, dw = gemms.unfilled(*of_dx, *of_dw, options.dtype, *modes, *fast)
-    return dx if dx.shape[0] == m else dx[:m], (dw,) if len(options.splits) == 1 else dw.split(options.splits)
+    return dx if dx.shape[0] == m else dx[:m], _parts(dw, options)
 
 
 def product_gradients(

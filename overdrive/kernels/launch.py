@@ -68,7 +68,7 @@ class Launcher:
             with torch.cuda.device(device):
                 return self(grid, device, args, tail)
         key: list[Any] = [self, device]
-        if len(args) == 1 and args[0].__class__ is tuple:
+        if len(args) == 1 and args[0].__class__ is tuple:  # of a source, the most frequent case: without the recursion
             inner, pointers = _flatten(args[0], key)
             values: list[Any] = [tuple(inner)]
         else:

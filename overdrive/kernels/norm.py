@@ -247,22 +247,22 @@ def forward(
     flag: of the source, true if it has dropout. itemsize: bytes of an element of all that it reads. addends: what the rows are the
     sum of, where they are no more than that.
     """
-    both = q.mode == Mode.DELAYED and q.row and q.col
-    if addends is not None and both and not sm_margin and like.shape[1] >= _CLUSTER_COLS and (cluster := _cluster()):
+    both = q.mode == Mode.DELAYED and q.row and q.col and not sm_margin
+    if addends is not None and both and like.shape[1] >= _CLUSTER_COLS and (cluster := _cluster()):
         served = cluster.norm_quantized(*addends, out, gamma, beta, eps, zero_centered, rms, q)
         if served is not None:
             return served
     rows, cols = like.shape
     mean, rstd = like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, dtype=torch.float32)
-    both = both and not sm_margin and cols <= _NARROW and rows * cols <= _FEW_ELEMENTS
-    fp8 = q.mode == Mode.DELAYED and q.row and (both or not q.col)
+    narrow = both and cols <= _NARROW and rows * cols <= _FEW_ELEMENTS
+    fp8 = q.mode == Mode.DELAYED and q.row and (narrow or not q.col)
     written = new_quantized(like, rows, cols, q) if fp8 or q.mode == Mode.PLAIN else None
     y, yt = (None, None) if written is None else written[:2]
     stored_rows, recording = padded(rows) if fp8 else rows, fp8 and q.tenant >= 0 and rows > 0
     amax = new_amax(like) if q.mode == Mode.CURRENT else arena(like.device).amax_bits if recording else None
     walks = _walks(cols, bool(flag), out is not None and y is None, amax is not None, fp8)
     case = (stored_rows, cols, like.device, sm_margin)
-    shape = _narrow_rows(stored_rows, cols) if both else _walking(*case, itemsize) if walks else _few_rows(*case)
+    shape = _narrow_rows(stored_rows, cols) if narrow else _walking(*case, itemsize) if walks else _few_rows(*case)
     if rows or fp8:
         delayed = (written.scale_inv, q.scales, q.slots) if written is not None and fp8 else (None, None, None)
         launch(

@@ -90,10 +90,27 @@ def _kind(m: int, n: int, mode_a: int, mode_b: int, fast: bool, like: torch.Tens
     return (*modes, imprecise, 64, width, BLOCK if fp8 else BLOCK // 2), rows * -(-n // width)
 
 
-def _block_scales(scale: torch.Tensor | None, mode: int) -> tuple[torch.Tensor | None, int]:
+_FAR = 2**30
+"""Elements: the kernel's offsets have 32 bits, and views may have strides of any size."""
+
+
+def _operands(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor | None, scale_b: torch.Tensor | None, mode_a: int, mode_b: int
+) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    """((a, b, their strides, their scales) as the kernel can read them, the strides of the scales)."""
+    if mode_a == Mode.PLAIN:
+        (m, k), n = a.shape, b.shape[0]
+        if max(m * a.stride(0), k * a.stride(1), n * b.stride(0), k * b.stride(1)) >= _FAR:
+            a, b = a.contiguous(), b.contiguous()
+    strides = (0, 0)
+    if mode_a >= Mode.BLOCK_1D:
+        (scale_a, stride_a), (scale_b, stride_b) = _block_scales(scale_a, mode_a), _block_scales(scale_b, mode_b)
+        strides = (stride_a, stride_b)
+    return (a, b, *a.stride(), *b.stride(), scale_a, scale_b), strides
+
+
+def _block_scales(scale: torch.Tensor | None, mode: int) -> tuple[torch.Tensor, int]:
     """(scales as ops.quantize.Quantized has them, how far from one block of the contraction, or row of blocks, to the next)."""
-    if mode < Mode.BLOCK_1D:
-        return scale, 0
     assert scale is not None
     if mode == Mode.BLOCK_2D:
         return scale, scale.stride(0)
@@ -102,8 +119,6 @@ def _block_scales(scale: torch.Tensor | None, mode: int) -> tuple[torch.Tensor |
     return scale, scale.stride(1)
 
 
-_FAR = 2**30
-"""Elements: the kernel's offsets have 32 bits, and views may have strides of any size."""
 _plans: dict[tuple[Any, ...], tuple[Launcher, tuple[int, int, int], int]] = {}
 
 
@@ -124,8 +139,6 @@ def small_gemm(
 ) -> torch.Tensor:  # fmt: skip
     """overdrive::gemm."""
     m, (n, k) = a.shape[0], b.shape
-    if mode_a == Mode.PLAIN and max(m * a.stride(0), k * a.stride(1), n * b.stride(0), k * b.stride(1)) >= _FAR:
-        a, b = a.contiguous(), b.contiguous()
     key = (a.dtype, dtype, m, n, k, mode_a, mode_b, fast)
     plan = _plans.get(key)
     if plan is None:
@@ -133,9 +146,8 @@ def small_gemm(
     out = a.new_empty((m, n), dtype=dtype)
     if addend is not None:
         addend = addend.contiguous()
-    (scale_a, stride_a), (scale_b, stride_b) = _block_scales(scale_a, mode_a), _block_scales(scale_b, mode_b)
-    tail = (out, (stride_a, stride_b), (m, n, k))
-    plan[0](plan[1], a.get_device(), (a, b, *a.stride(), *b.stride(), scale_a, scale_b, bias, addend), tail)
+    operands, strides = _operands(a, b, scale_a, scale_b, mode_a, mode_b)
+    plan[0](plan[1], a.get_device(), (*operands, bias, addend), (out, strides, (m, n, k)))
     return out
 
 
@@ -146,20 +158,14 @@ def small_gemms(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """overdrive::gemms."""
     (m, k), n, (rows, depth), cols = a.shape, b.shape[0], c.shape, d.shape[0]
-    if mode_a == Mode.PLAIN:
-        if max(m * a.stride(0), k * a.stride(1), n * b.stride(0), k * b.stride(1)) >= _FAR:
-            a, b = a.contiguous(), b.contiguous()
-        if max(rows * c.stride(0), depth * c.stride(1), cols * d.stride(0), depth * d.stride(1)) >= _FAR:
-            c, d = c.contiguous(), d.contiguous()
     key = (a.dtype, c.dtype, dtype, m, n, k, rows, cols, depth, mode_a, mode_b, mode_c, mode_d, fast_ab, fast_cd)
     plan = _plans.get(key)
     if plan is None:
         kinds = _kind(m, n, mode_a, mode_b, fast_ab, a), _kind(rows, cols, mode_c, mode_d, fast_cd, a)
         plan = _plan(key, _small_gemms, *kinds)
     ab, cd = a.new_empty((m, n), dtype=dtype), c.new_empty((rows, cols), dtype=dtype)
-    (scale_a, stride_a), (scale_b, stride_b) = _block_scales(scale_a, mode_a), _block_scales(scale_b, mode_b)
-    (scale_c, stride_c), (scale_d, stride_d) = _block_scales(scale_c, mode_c), _block_scales(scale_d, mode_d)
-    operands = (a, b, *a.stride(), *b.stride(), scale_a, scale_b, c, d, *c.stride(), *d.stride(), scale_c, scale_d)
-    tail = (ab, cd, (stride_a, stride_b), (stride_c, stride_d), (m, n, k), (rows, cols, depth), plan[2])
-    plan[0](plan[1], a.get_device(), operands, tail)
+    of_ab, ab_strides = _operands(a, b, scale_a, scale_b, mode_a, mode_b)
+    of_cd, cd_strides = _operands(c, d, scale_c, scale_d, mode_c, mode_d)
+    tail = (ab, cd, ab_strides, cd_strides, (m, n, k), (rows, cols, depth), plan[2])
+    plan[0](plan[1], a.get_device(), (*of_ab, *of_cd), tail)
     return ab, cd

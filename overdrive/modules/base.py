@@ -186,8 +186,12 @@ class Module(QuantizedWeights):
 
     def _weights_of(self, index: int) -> tuple[nn.Parameter, ...]:
         """The parameters that make up the weight of GEMM number `index`."""
-        held: dict[str, Any] = self._parameters  # looked into here, as nn.Module's __getattr__ would after some other places
-        return tuple([held[name] if name in held else getattr(self, name) for name in self._linears[index].weights])
+        return self._named(self._linears[index].weights)
+
+    def _named(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """The parameters of these names, found sooner than by nn.Module's __getattr__; whatever has taken their place otherwise."""
+        held: dict[str, Any] = self._parameters
+        return tuple([held[name] if name in held else getattr(self, name) for name in names])
 
     def _parameters_of(self, index: int, weights: tuple[nn.Parameter, ...], with_bias: bool, dtype: torch.dtype) -> Parameters:
         """`weights`, from _weights_of, and their biases, in `dtype`."""
@@ -196,8 +200,7 @@ class Module(QuantizedWeights):
             self._fuse()
         held = index in self._quantized  # the weight comes from _cached_weight
         read: tuple[torch.Tensor | None, ...] = (None,) * len(weights) if held else weights
-        found: dict[str, Any] = self._parameters
-        biases = tuple([found[name] if name in found else getattr(self, name) for name in linear.biases]) if with_bias else ()
+        biases = self._named(linear.biases) if with_bias else ()
         fused_weight = self._whole(linear.fused[0], linear.weights) if linear.split and not held else None
         fused_bias = self._whole(linear.fused[1], linear.biases) if linear.split and biases else None
         if weights[0].dtype != dtype:
@@ -402,13 +405,13 @@ class Module(QuantizedWeights):
         first: bool | None,
     ) -> GemmOptions:
         """Options of GEMM number `index`. weights: from _weights_of. input_grad: whether a gradient must leave by its input."""
-        weight_grad = training and True in [weight.requires_grad for weight in weights]
+        weight_grad = training and any(weight.requires_grad for weight in weights)
         if weight_grad and index in self._quantized:
             raise NotImplementedError(
                 f"{self._label}: training with FP8 primary weights (quantized_model_init) is not built yet; freeze them with "
                 "requires_grad_(False), run under torch.no_grad(), or build the layer outside of quantized_model_init"
             )
-        bias_grad = training and True in [bias.requires_grad for bias in biases]
+        bias_grad = training and any(bias.requires_grad for bias in biases)
         at = None if rules is None else rules.at(index) if index else rules
         options = GemmOptions(at, dtype, input_grad and training, weight_grad, bias_grad, self._linears[index].sizes)
         return self._weight_grads.attach(options, weights, first) if weight_grad else options

@@ -23,8 +23,6 @@ class Kernel:
 
     def load(self) -> Callable[..., Any]:
         """The function; RuntimeError if that needs a triton which is not installed."""
-        if self.function is not None:
-            return self.function
         family, function = self.name  # pyright: ignore[reportGeneralTypeIssues]
         try:
             self.function = getattr(importlib.import_module(f"overdrive.kernels.{family}"), function)
@@ -34,15 +32,18 @@ class Kernel:
             raise RuntimeError("overdrive's GPU kernels need triton: pip install triton (Linux only)") from error
         return self.function
 
+    def __call__(self, *args: Any) -> Any:
+        return (self.function or self.load())(*args)
 
-def _filled(function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """What `function` gives, with an empty tensor for every None that it returns: outputs as a schema can have them.
+
+def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with an empty tensor for every None that it returns: outputs as a schema can have them.
 
     Each is its caller's own: autograd would take a shared one for an output of the node that returned it last.
     """
 
     def filled(*args: Any) -> Any:
-        outputs = function()(*args)
+        outputs = function(*args)
         if not isinstance(outputs, tuple):
             return outputs
         return tuple(args[0].new_empty(0, dtype=torch.float32) if x is None else x for x in outputs)
@@ -66,9 +67,9 @@ def define(
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     implementation = Kernel(kernel)
-    _LIBRARY.impl(name, _filled(lambda: reference), "CPU")
-    _LIBRARY.impl(name, _filled(implementation.load), "CUDA")
-    torch.library.register_fake(f"overdrive::{name}", _filled(lambda: fake), lib=_LIBRARY)
+    _LIBRARY.impl(name, _filled(reference), "CPU")
+    _LIBRARY.impl(name, _filled(implementation), "CUDA")
+    torch.library.register_fake(f"overdrive::{name}", _filled(fake), lib=_LIBRARY)
     return _direct(getattr(torch.ops.overdrive, name).default, implementation)
 
 
@@ -99,7 +100,7 @@ def _direct(overload: Any, kernel: Kernel) -> Any:
 
     if len(overload._schema.returns) == 1:
         return unfilled
-    op: Any = _filled(lambda: unfilled)
+    op: Any = _filled(unfilled)
     op.unfilled = unfilled
     return op
 

@@ -95,7 +95,7 @@ def new_quantized(like: torch.Tensor, rows: int, cols: int, q: Quantization) -> 
     """Uninitialised outputs on `like`'s device: what fakes return and kernels fill."""
     if q.mode == Mode.PLAIN:
         return Quantized(like.new_empty((rows, cols), dtype=q.dtype), None, None, None)
-    rows = -(-rows // PAD) * PAD
+    rows = padded(rows)
     data = like.new_empty((rows, cols), dtype=q.dtype) if q.row else None
     data_t = like.new_empty((cols, rows), dtype=q.dtype) if q.col else None
     if q.mode in (Mode.DELAYED, Mode.CURRENT):

@@ -68,18 +68,16 @@ def produce(
     Quantized begins.
     """
     if quantizer is None:
-        outputs = op.unfilled(*arguments, Mode.PLAIN, dtype, None, None, 0, -1, False, True, False)
+        outputs = op.unfilled(*arguments, *Quantization(Mode.PLAIN, dtype))
         return outputs[at], outputs[:at] + outputs[at + 4 :]
-    mode = quantizer.mode
-    how = (quantizer.slot, quantizer.tenant, quantizer.power_of_2, row, col)
-    outputs = op.unfilled(*arguments, mode, quantizer.dtype, scales.snapshot, scales.slots, *how)
+    outputs = op.unfilled(*arguments, *quantizer.arguments(scales, row, col))
     data, data_t, scale_inv, scale_inv_t = outputs[at : at + 4]
-    if mode <= Mode.CURRENT or scale_inv_t is None:  # None: of the layout that nobody asked for
+    if quantizer.mode.per_tensor or scale_inv_t is None:  # None: of the layout that nobody asked for
         scale_inv_t = scale_inv
     elif scale_inv is None:
         scale_inv = scale_inv_t
-    quantized = QuantizedTensor(data if row else None, data_t if col else None, scale_inv, scale_inv_t, mode, shape, dtype)
-    return quantized, outputs[:at] + outputs[at + 4 :]
+    layouts = (data if row else None, data_t if col else None)
+    return QuantizedTensor(*layouts, scale_inv, scale_inv_t, quantizer.mode, shape, dtype), outputs[:at] + outputs[at + 4 :]
 
 
 @dataclass
@@ -145,4 +143,4 @@ def rules_for(recipe: Recipe, tenant: int, quantizes: bool = True) -> Rules:
 
 def fits_fp8(*features: int) -> bool:
     """Whether FP8 GEMMs take these feature counts (tokens are padded, features are not)."""
-    return min(features) > 0 and True not in [size % PAD > 0 for size in features]
+    return all(size % PAD == 0 and size > 0 for size in features)
