@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import overdrive.pytorch as te
-from overdrive.ops.scaling import UNTOUCHED
+from overdrive.ops.scaling import UNTOUCHED, arena, record_amax, tenant_id
 from overdrive.recipe import DelayedScaling
-from overdrive.scaling.arena import SLOTS
+from overdrive.scaling.arena import SLOTS, SlotRange
 from tests.numerics import assert_same_bits
 from tests.steps import MODULES, RECIPES, SIZE, assert_same, batch, fp8, stack, states, train
 
@@ -307,6 +307,22 @@ def test_slots_return_clean_when_modules_die(device):
     assert not states(again)
     twin = stack(*LAYERS, device=device)
     assert_same(train(again, quantizing(again), 4), train(twin, quantizing(twin), 4))
+
+
+def test_slots_return_clean_where_layers_only_pass_through(monkeypatch):
+    """On a machine with a GPU, ops may record into the CPU's slots as well."""
+    cpu = torch.device("cpu")
+    SLOTS.arena_on(cpu)
+    own = SlotRange(1, cpu)
+    monkeypatch.setattr(SLOTS, "arenas", {})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arena(cpu).reserve(own.end)
+    record_amax(arena(cpu).counter, torch.ones(3), own.indices(cpu), 0, tenant_id(DELAYED, None))
+    start = own.start
+    assert arena(cpu).amax[start] == 1
+    del own
+    assert SlotRange(1, cpu).start == start
+    assert (arena(cpu).amax[start : start + 5] == UNTOUCHED).all()
 
 
 def ranges(module):

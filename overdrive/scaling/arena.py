@@ -86,6 +86,8 @@ class SlotRange:
         """i32 [size], what ops look the scales up with."""
         if device.type != "cpu" or not torch.cuda.is_available():  # where there is a GPU, layers only pass through the CPU
             SLOTS.use_on(with_index(device))
+        else:
+            SLOTS.arena_on(device)  # whoever has the slots may record
         return torch.arange(self.start, self.start + self.size, dtype=torch.int32, device=device)
 
     def reset(self, device: torch.device) -> None:
