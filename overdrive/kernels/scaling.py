@@ -74,7 +74,8 @@ def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tenso
         else:
             state.reserve(capacity, recipe.amax_history_len)
             length = 1 if recipe.amax_compute_algo == "most_recent" else recipe.amax_history_len
-            limits = recipe.fp8_format.value.max_fwd, recipe.fp8_format.value.max_bwd
+            formats = recipe.fp8_format.value
+            limits = formats.max_fwd, formats.max_bwd
             headroom = 2.0**-recipe.margin
             reduced = state.amax
             if group is not None:
@@ -85,7 +86,7 @@ def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tenso
     snapshot = state.scale.new_empty(capacity)
     args = (state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot)
     launch(
-        _begin_step, (triton.cdiv(state.capacity, 8), 1, 1), counter.get_device(),
+        _begin_step, (-(-state.capacity // 8), 1, 1), counter.get_device(),
         (args, tenant, state.capacity, state.history.shape[0], capacity, length, *limits, headroom), (roll, 1024, 8), 8,
     )  # fmt: skip
     return snapshot

@@ -74,7 +74,7 @@ class Arena:
 
     def reserve(self, slots: int, length: int = 1) -> None:
         """Grow to at least this many slots and this long a history, keeping what is there."""
-        old, kept = self.__dict__.copy(), self.capacity
+        kept = self.capacity
         slots = max(kept, 1 << (slots - 1).bit_length())
         if slots == kept and length <= self.history.shape[0]:
             return
@@ -83,7 +83,7 @@ class Arena:
                 f"delayed scaling's state on {self.counter.device} must grow to {slots} slots and a history of {length} steps, but "
                 "a CUDA graph was captured that has its addresses; build all layers and enter every recipe once before the capture"
             )
-        by_age = self.chronological()
+        by_age, old = self.chronological(), self.__dict__.copy()
         self._allocate(slots, max(length, by_age.shape[0]))
         for name in ("amax", "owner", "scale"):
             getattr(self, name)[:kept] = old[name]
