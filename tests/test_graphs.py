@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import overdrive.pytorch as te
+from overdrive.modules.graphs import Captured
 from overdrive.ops.scaling import Arena
 from overdrive.recipe import DelayedScaling
 from tests.numerics import assert_same_bits, relative_error
@@ -42,7 +43,6 @@ def step(layer, recipe, index, inside):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_replays_are_steps(recipe, name):
@@ -112,6 +112,19 @@ def test_state_that_a_graph_knows_does_not_move(device):
     arena.reserve(8, 1)
     with pytest.raises(RuntimeError, match="before the capture"):
         arena.reserve(8, 4)
+
+
+def test_no_autograd_graph_outlives_the_capture(device):
+    """Its nodes would add to the gradients on the capture's stream at each replay."""
+    layer, x = stack("linear", device=device), batch(0, device)
+    captured = Captured(lambda x: (layer(x), x.detach()), enabled=False)
+    captured(x)
+    out, other = captured(x)
+    assert out.grad_fn is not None
+    assert not other.requires_grad
+    captured.finish()
+    assert out.grad_fn is None
+    assert captured(x)[0].grad_fn is not None
 
 
 @pytest.mark.gpu

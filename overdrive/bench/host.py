@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from overdrive.bench.outcome import Outcome
 from overdrive.bench.plain import EagerLayer, Spec
 from overdrive.bench.timing import Protocol, Visit, measure, timed
 from overdrive.common.recipe import Recipe
-from overdrive.modules.graphs import kept_scaling
+from overdrive.modules.graphs import make_graphed_callables
 
 STEPS_A_VISIT = 10
 AS_GRAPH = " as a CUDA graph"
@@ -67,21 +66,18 @@ def graphed(case: Case, entry: Entry) -> Competitor:
     """An entry captured as CUDA graphs, one forward and one backward."""
 
     def capture(_: EagerLayer) -> nn.Module:
-        with kept_scaling(entry.module):  # the warm-up's gradients are whatever lies in memory
-            return torch.cuda.make_graphed_callables(Alone(entry.module), (case.inputs[0],))  # pyright: ignore[reportReturnType]
+        return make_graphed_callables(Alone(entry.module), (case.inputs[0],))
 
     return Competitor(f"{entry.name}{AS_GRAPH}", capture, fp8=entry.fp8)
 
 
 def graph_times(case: Case, entries: list[Entry], protocol: Protocol) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """(ms of a step of each entry as CUDA graphs, with the host and on the GPU alone; why others are left out)."""
-    with warnings.catch_warnings():  # capture has a stream of its own, which is as it should be
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
-        captured, wrong = admit(case, [graphed(case, entry) for entry in entries], protocol, "capturing")
-        steps = {entry.name: partial(case.step, entry.module) for entry in captured}
-        found, failed = measure({name: timed(step, case.device, STEPS_A_VISIT) for name, step in steps.items()}, protocol)
-        alone = {name: timed(steps[name], case.device, STEPS_A_VISIT, alone=True) for name in found}
-        found_alone, failed_alone = measure(alone, protocol)
+    captured, wrong = admit(case, [graphed(case, entry) for entry in entries], protocol, "capturing")
+    steps = {entry.name: partial(case.step, entry.module) for entry in captured}
+    found, failed = measure({name: timed(step, case.device, STEPS_A_VISIT) for name, step in steps.items()}, protocol)
+    alone = {name: timed(steps[name], case.device, STEPS_A_VISIT, alone=True) for name in found}
+    found_alone, failed_alone = measure(alone, protocol)
     both = {
         name.removesuffix(AS_GRAPH): {"graph_ms": found[name]["ms"].median, "graph_gpu_ms": times["ms"].median}
         for name, times in found_alone.items()

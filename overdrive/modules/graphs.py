@@ -8,18 +8,56 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from overdrive.modules.base import Module
 from overdrive.recipe import Recipe
 from overdrive.scaling.autocast import autocast
 
 
-def _inside(forward: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        with autocast(**arguments):
-            return forward(*args)
+class _Output(torch.autograd.Function):
+    """The identity; what it gives is no view, so that it can be detached in place."""
 
-    return run
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class Captured:
+    """A forward inside of an autocast, which until `finish` remembers the outputs of its last call.
+
+    torch keeps the captured outputs, they keep the autograd graph, and that keeps nodes that add to each parameter's gradient on
+    the capture's stream: each replay would make two streams wait for one another once a parameter, and torch warn of it.
+    """
+
+    def __init__(self, forward: Callable[..., Any], **arguments: Any) -> None:
+        self.forward, self.arguments = forward, arguments
+        self.outputs: list[torch.Tensor] | None = []
+
+    def __call__(self, *args: Any) -> Any:
+        with autocast(**self.arguments):
+            out = self.forward(*args)
+        if self.outputs is None:
+            return out
+        self.outputs.clear()
+        return tree_map_only(torch.Tensor, self._remembered, out)
+
+    def _remembered(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.requires_grad:
+            return x
+        assert self.outputs is not None
+        self.outputs.append(_Output.apply(x))
+        return self.outputs[-1]
+
+    def finish(self) -> None:
+        """Forget the graph of the captured call: replays have no use for it."""
+        for output in self.outputs or ():
+            output.detach_()
+        self.outputs = None
 
 
 @contextlib.contextmanager
@@ -65,16 +103,18 @@ def make_graphed_callables(
                 f"make_graphed_callables: modules must be a torch.nn.Module or a tuple of them, got {type(module).__name__}"
             )
     forwards = [module.forward for module in several]
+    inside = {"enabled": enabled, "calibrating": calibrating, "recipe": recipe, "amax_reduction_group": amax_reduction_group}
     collects = gc.isenabled()
     gc.collect()
     gc.disable()  # a graph that is freed inside of another's capture ends that
     try:
-        for module in several:
-            module.forward = _inside(
-                module.forward, enabled=enabled, calibrating=calibrating, recipe=recipe, amax_reduction_group=amax_reduction_group
-            )
+        captured = [Captured(forward, **inside) for forward in forwards]
+        for module, forward in zip(several, captured):
+            module.forward = forward
         with kept_scaling(*several):
             torch.cuda.make_graphed_callables(modules, sample_args, num_warmup_iters, allow_unused_input, pool)
+        for forward in captured:
+            forward.finish()
     except BaseException:
         for module, forward in zip(several, forwards):
             module.forward = forward

@@ -22,7 +22,6 @@ from tests.modules.layer_oracle import IN, Step, assert_same_step, build, check,
 from tests.numerics import RECIPES, TOLERANCES, assert_close, assert_same_bits, observe, relative_error
 
 HALVES = (torch.float16, torch.bfloat16)
-STREAMS = "ignore:The AccumulateGrad node's stream:UserWarning"  # a graph is captured on a stream of its own
 BF16 = torch.bfloat16
 
 
@@ -474,7 +473,7 @@ def test_a_large_transformer_layer_on_a_gpu(recipe, monkeypatch, gemm_epilogues)
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor", STREAMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_large_layer_on_a_gpu(dtype, monkeypatch, gemm_epilogues):
     """By its own choice, also in a CUDA graph."""
@@ -497,7 +496,6 @@ def test_a_large_layer_on_a_gpu(dtype, monkeypatch, gemm_epilogues):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings(STREAMS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_large_fp8_layer_on_a_gpu(dtype, monkeypatch, gemm_epilogues):
     """By its own choice, also in a CUDA graph."""
