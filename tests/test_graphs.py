@@ -114,17 +114,21 @@ def test_state_that_a_graph_knows_does_not_move(device):
         arena.reserve(8, 4)
 
 
-def test_no_autograd_graph_outlives_the_capture(device):
-    """Its nodes would add to the gradients on the capture's stream at each replay."""
+def test_no_autograd_graph_outlives_a_captured_call(device):
+    """Its nodes would add to the gradients on the stream of that call."""
     layer, x = stack("linear", device=device), batch(0, device)
     captured = Captured(lambda x: (layer(x), x.detach()), enabled=False)
-    captured(x)
-    out, other = captured(x)
-    assert out.grad_fn is not None
+    first, other = captured(x)
+    assert first.grad_fn is not None
     assert not other.requires_grad
+    second, _ = captured(x)
+    assert first.grad_fn is None
+    assert second.grad_fn is not None
     captured.finish()
-    assert out.grad_fn is None
-    assert captured(x)[0].grad_fn is not None
+    assert second.grad_fn is None
+    third, fourth = captured(x)[0], captured(x)[0]
+    assert third.grad_fn is not None
+    assert_same_bits(third, fourth)
 
 
 @pytest.mark.gpu

@@ -28,10 +28,11 @@ class _Output(torch.autograd.Function):
 
 
 class Captured:
-    """A forward inside of an autocast, which until `finish` remembers the outputs of its last call.
+    """A forward inside of an autocast, whose autograd graph ends with the next call or with `finish`, whoever keeps the outputs.
 
-    torch keeps the captured outputs, they keep the autograd graph, and that keeps nodes that add to each parameter's gradient on
-    the capture's stream: each replay would make two streams wait for one another once a parameter, and torch warn of it.
+    torch does keep them, of the warm-up during the capture and of the capture for good. With them live nodes that add to each
+    parameter's gradient on the stream where they were made: the capture, and then every replay, would make two streams wait for
+    one another once a parameter, and torch warn of it.
     """
 
     def __init__(self, forward: Callable[..., Any], **arguments: Any) -> None:
@@ -39,12 +40,10 @@ class Captured:
         self.outputs: list[torch.Tensor] | None = []
 
     def __call__(self, *args: Any) -> Any:
+        self._forget()
         with autocast(**self.arguments):
             out = self.forward(*args)
-        if self.outputs is None:
-            return out
-        self.outputs.clear()
-        return tree_map_only(torch.Tensor, self._remembered, out)
+        return out if self.outputs is None else tree_map_only(torch.Tensor, self._remembered, out)
 
     def _remembered(self, x: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad:
@@ -53,10 +52,13 @@ class Captured:
         self.outputs.append(_Output.apply(x))
         return self.outputs[-1]
 
+    def _forget(self) -> None:
+        while self.outputs:
+            self.outputs.pop().detach_()
+
     def finish(self) -> None:
-        """Forget the graph of the captured call: replays have no use for it."""
-        for output in self.outputs or ():
-            output.detach_()
+        """Be a plain forward from now on."""
+        self._forget()
         self.outputs = None
 
 
