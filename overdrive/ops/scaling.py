@@ -149,10 +149,15 @@ class Arena:
         return torch.where(scale.isinf(), _FP32_MAX, scale)
 
 
+ARENAS: list[Arena] = []
+"""Of all devices that have one."""
+
+
 @functools.cache
 def arena(device: torch.device) -> Arena:
     """The arena of a device, made on first use. `device` must carry its index ("cuda:0", not "cuda")."""
-    return Arena(device)
+    ARENAS.append(Arena(device))
+    return ARENAS[-1]
 
 
 def _begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tensor:

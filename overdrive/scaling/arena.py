@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from overdrive.ops.library import constant_result
-from overdrive.ops.scaling import RESTORED, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, Arena, arena, tenant_id
+from overdrive.ops.scaling import ARENAS, RESTORED, SLOTS_PER_GEMM, TENANTS, UNTOUCHED, Arena, arena, tenant_id
 from overdrive.recipe import DelayedScaling
 
 
@@ -20,20 +20,19 @@ def with_index(device: torch.device) -> torch.device:
 
 
 class _Slots:
-    """Hands out runs of slots, numbered alike on every device, and remembers on which devices they are used."""
+    """Hands out runs of slots, numbered alike on every device."""
 
     def __init__(self) -> None:
         self.count = 0
         self.capacity = 1024  # what snapshots have room for; a power of two, so that compiled graphs see few sizes
         self.free: dict[int, list[int]] = {}
-        self.arenas: dict[torch.device, Arena] = {}
         self.counters: dict[torch.device, torch.Tensor] = {}  # by device, read where compiled code cannot enter `arena`
 
     def take(self, size: int) -> int:
         """First slot of a fresh run."""
         if self.free.get(size):
             start = self.free[size].pop()
-            for state in self.arenas.values():
+            for state in ARENAS:
                 forget(state, start, size)
             return start
         start, self.count = self.count, self.count + size
@@ -45,16 +44,10 @@ class _Slots:
         """Let another module have the run. Touches no device memory: finalizers run at any moment."""
         self.free.setdefault(size, []).append(start)
 
-    def arena_on(self, device: torch.device) -> Arena:
-        """The device's arena, remembered so that slots handed out again are reset there."""
-        if device not in self.arenas:
-            self.arenas[device] = arena(device)
-        return self.arenas[device]
-
     def use_on(self, device: torch.device) -> None:
         """From now on every outermost autocast takes a snapshot of the scales on this device."""
         if device.type != "meta" and device not in self.counters:
-            self.counters[device] = self.arena_on(device).counter
+            self.counters[device] = arena(device).counter
 
 
 SLOTS = _Slots()
@@ -86,13 +79,11 @@ class SlotRange:
         """i32 [size], what ops look the scales up with."""
         if device.type != "cpu" or not torch.cuda.is_available():  # where there is a GPU, layers only pass through the CPU
             SLOTS.use_on(with_index(device))
-        else:
-            SLOTS.arena_on(device)  # whoever has the slots may record
         return torch.arange(self.start, self.start + self.size, dtype=torch.int32, device=device)
 
     def reset(self, device: torch.device) -> None:
         """Back to the first state: scale 1, no history."""
-        state = SLOTS.arena_on(with_index(device))
+        state = arena(with_index(device))
         if self.start < state.capacity:
             forget(state, self.start, self.size)
 
@@ -100,7 +91,7 @@ class SlotRange:
         """f32 [2 + steps, size]: scales, pending amaxes, then the history from oldest to newest; None where nothing was
         recorded.
         """
-        state = SLOTS.arena_on(with_index(device))
+        state = arena(with_index(device))
         if self.start >= state.capacity:
             return None
         columns = slice(self.start, self.start + self.size)
@@ -120,7 +111,7 @@ class SlotRange:
             raise ValueError(
                 f"scaling state must be float32 of shape [2 + steps, {self.size}], got {saved.dtype} {list(saved.shape)}"
             )
-        state = SLOTS.arena_on(with_index(device))
+        state = arena(with_index(device))
         saved = saved.to(state.scale.device)
         steps = saved.shape[0] - 2
         state.reserve(SLOTS.capacity, max(steps, 1))
