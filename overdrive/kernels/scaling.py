@@ -62,31 +62,27 @@ def _begin_step(args, tenant, S, L, C, length, max_forward, max_backward, headro
 
 def begin_step(counter: torch.Tensor, capacity: int, tenant: int) -> torch.Tensor:
     """overdrive::begin_step. Recipes with callables roll as the reference does, one torch op after the other."""
-    state = arena(counter.device)
-    state.reserve(capacity)
+    state, recipe = arena(counter.device), TENANTS[tenant].recipe if tenant >= 0 else None
+    state.reserve(capacity, 1 if recipe is None else recipe.amax_history_len)
+    if recipe is not None and (callable(recipe.amax_compute_algo) or recipe.scaling_factor_compute_algo is not None):
+        state.roll(tenant)
+        recipe = None
     reduced, length, limits, headroom = state.amax, 0, (1.0, 1.0), 1.0
-    roll = tenant >= 0
-    if roll:
-        recipe, group = TENANTS[tenant].recipe, TENANTS[tenant].group
-        if callable(recipe.amax_compute_algo) or recipe.scaling_factor_compute_algo is not None:
-            state.roll(tenant)
-            roll = False
-        else:
-            state.reserve(capacity, recipe.amax_history_len)
-            length = 1 if recipe.amax_compute_algo == "most_recent" else recipe.amax_history_len
-            formats = recipe.fp8_format.value
-            limits = formats.max_fwd, formats.max_bwd
-            headroom = 2.0**-recipe.margin
-            reduced = state.amax
-            if group is not None:
-                reduced = torch.where(state.owned_by(tenant), state.amax, UNTOUCHED)
-                torch.distributed.all_reduce(reduced.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
+    if recipe is not None:
+        length = 1 if recipe.amax_compute_algo == "most_recent" else recipe.amax_history_len
+        formats, group = recipe.fp8_format.value, TENANTS[tenant].group
+        limits = formats.max_fwd, formats.max_bwd
+        headroom = 2.0**-recipe.margin
+        if group is not None:
+            reduced = torch.where(state.owned_by(tenant), state.amax, UNTOUCHED)
+            torch.distributed.all_reduce(reduced.view(torch.int32), torch.distributed.ReduceOp.MAX, group=group)
     if torch.cuda.is_current_stream_capturing():
         state.captured = True
     snapshot = state.scale.new_empty(capacity)
     args = (state.counter, state.amax, reduced, state.owner, state.history, state.position, state.scale, snapshot)
     launch(
         _begin_step, (-(-state.capacity // 8), 1, 1), counter.get_device(),
-        (args, tenant, state.capacity, state.history.shape[0], capacity, length, *limits, headroom), (roll, 1024, 8), 8,
+        (args, tenant, state.capacity, state.history.shape[0], capacity, length, *limits, headroom),
+        (recipe is not None, 1024, 8), 8,
     )  # fmt: skip
     return snapshot

@@ -38,7 +38,7 @@ def _gemm(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation
 def _gemm_cuda(a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation, addend=None) -> torch.Tensor:
     how = (a, b, scale_a, scale_b, bias, dtype, mode_a, mode_b, fast_accumulation)
     if host_decides(a.shape[0], b.shape[0], b.shape[1], a) and (mode_a != Mode.PLAIN or a.dtype == b.dtype):
-        return _small_gemm()(*how, addend)
+        return _small_gemm(*how, addend)
     out = _large_gemm(*how)
     return out if addend is None else out.add_(addend)
 
@@ -88,9 +88,7 @@ def host_decides(m: int, n: int, k: int, like: torch.Tensor) -> bool:
     return like.dtype not in (torch.float32, torch.float64) and _sms_of_hopper(like.device) > 0
 
 
-@functools.cache
-def _small_gemm() -> Callable[..., torch.Tensor]:
-    return Kernel(("small_gemm", "small_gemm")).load()
+_small_gemm = Kernel(("small_gemm", "small_gemm"))
 
 
 @functools.cache
